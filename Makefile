@@ -1,0 +1,36 @@
+# `make demo` and `make test` are the two commands a newcomer needs; each prepares the environment when it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+
+.PHONY: demo test lint lab clean help
+
+help:
+	@echo "make demo   the whole study on the demo model; ends with the path of a report"
+	@echo "make test   lint, types and all tests"
+	@echo "make lab    JupyterLab on the notebooks"
+
+# The environment is made once, and again when what it is made from changes.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/sgworkbench demo --out demo_run
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+clean:
+	rm -rf $(VENV) demo_run

@@ -1,0 +1,366 @@
+"""Directions in the residual stream, and projections onto them in raw and in separation units.
+
+A direction separates two classes of activations. Its projection is reported as
+
+    P(h) = u . (h - origin) / separation,
+
+with `u` the unit direction, `origin` the mean of the class called 0 and `separation` the distance between the two class
+means along `u`, all from the training split: 0 and 1 are the class means, so layers and models compare (METHOD,
+"projections in separation units").
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sgworkbench.analysis.site import Site
+from sgworkbench.errors import WorkbenchError
+from sgworkbench.tensor_files import read_tensors, write_tensors
+
+_FORMAT = "sgworkbench-directions-1"
+# Below this norm a mean difference is rounding noise (identical tokens give identical activations at early sites).
+_SMALLEST_NORM = 1e-6
+
+
+@dataclass(frozen=True)
+class Directions:
+    """One unit direction per site for one concept.
+
+    Attributes:
+        concept: "awareness" or "refusal", or a user's own word.
+        source: how it was found, in words that figures can show.
+        read_at: position selector the activations were read with.
+        sites: where; the order of the first axis of all tensors.
+        unit: unit directions, float32; a zero row marks a site where the classes do not differ.
+        origin: mean activation of the class called 0, float32.
+        separation: distance of the two class means along `unit`; NaN where the direction is zero.
+        provenance: JSON-serialisable facts: data hashes, sizes, strata, validation.
+    """
+
+    concept: str
+    source: str
+    read_at: str
+    sites: tuple[Site, ...]
+    unit: Float[Tensor, "site d_model"]
+    origin: Float[Tensor, "site d_model"]
+    separation: Float[Tensor, "site"]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def project(self, values: Float[Tensor, "*batch site d_model"]) -> Float[Tensor, "*batch site"]:
+        """Return raw projections `u . h` of activations at these sites."""
+        return torch.einsum("...sd,sd->...s", values, self.unit)
+
+    def in_separation_units(self, values: Float[Tensor, "*batch site d_model"]) -> Float[Tensor, "*batch site"]:
+        """Return projections with the class means at 0 and 1; NaN where the classes do not differ."""
+        return (self.project(values) - self.zero) / self.separation
+
+    @property
+    def zero(self) -> Float[Tensor, "site"]:
+        """Raw projection of the class mean called 0."""
+        return torch.einsum("sd,sd->s", self.origin, self.unit)
+
+    def at(self, site: Site) -> Float[Tensor, "d_model"]:
+        """Return the unit direction at one site.
+
+        Raises:
+            WorkbenchError: the site is not among these directions' sites.
+        """
+        if site not in self.sites:
+            raise WorkbenchError(f"There is no {self.concept} direction at {site}; sites: {_span(self.sites)}.")
+        return self.unit[self.sites.index(site)]
+
+    @property
+    def validated(self) -> bool | None:
+        """Whether a causal check confirmed the direction; None when none was made."""
+        return self.provenance.get("validated")
+
+    def with_provenance(self, **facts: Any) -> Directions:
+        """Return a copy with further facts recorded."""
+        return replace(self, provenance={**self.provenance, **facts})
+
+    def describe(self) -> str:
+        """Return one line naming concept, source and validation, as figures print it."""
+        state = {True: "validated", False: "NOT validated", None: "not checked causally"}[self.validated]
+        return f"{self.concept} direction: {self.source}, {state}"
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return one row per site: site, layer, separation, norm of the origin."""
+        return pd.DataFrame(
+            {
+                "site": [str(site) for site in self.sites],
+                "layer": [site.layer for site in self.sites],
+                "separation": self.separation.tolist(),
+                "origin_norm": self.origin.norm(dim=-1).tolist(),
+            }
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with all facts in its metadata, atomically."""
+        metadata = {
+            "format": _FORMAT,
+            "concept": self.concept,
+            "source": self.source,
+            "read_at": self.read_at,
+            "sites": json.dumps([str(site) for site in self.sites]),
+            "provenance": json.dumps(dict(self.provenance)),
+        }
+        write_tensors(path, {"unit": self.unit, "origin": self.origin, "separation": self.separation}, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Directions:
+        """Read a file written by `save`.
+
+        Raises:
+            WorkbenchError: missing, truncated or foreign file.
+        """
+        tensors, metadata = read_tensors(path, _FORMAT, ("unit", "origin", "separation"))
+        sites = tuple(Site.parse(text) for text in json.loads(metadata["sites"]))
+        return cls(
+            metadata["concept"],
+            metadata["source"],
+            metadata["read_at"],
+            sites,
+            tensors["unit"],
+            tensors["origin"],
+            tensors["separation"],
+            json.loads(metadata["provenance"]),
+        )
+
+    def _repr_html_(self) -> str:
+        norm = self.separation
+        return (
+            f"<b>{self.describe()}</b><br>read at {self.read_at}, sites {_span(self.sites)}, "
+            f"separation {norm.nanmean():.2f} on average<br>"
+            "next: <code>.project(h)</code>, <code>.in_separation_units(h)</code>, <code>.to_dataframe()</code>"
+        )
+
+
+def _span(sites: tuple[Site, ...]) -> str:
+    return str(sites[0]) if len(sites) == 1 else f"{sites[0]} ... {sites[-1]} ({len(sites)})"
+
+
+def directions_between(
+    one: Float[Tensor, "site d_model"],
+    zero: Float[Tensor, "site d_model"],
+    *,
+    concept: str,
+    source: str,
+    read_at: str,
+    sites: tuple[Site, ...],
+    provenance: Mapping[str, Any] | None = None,
+) -> Directions:
+    """Return the directions from class mean `zero` to class mean `one`."""
+    difference = (one - zero).double()
+    norm = difference.norm(dim=-1)
+    known = norm > _SMALLEST_NORM * zero.double().norm(dim=-1).clamp_min(1e-30)
+    unit = torch.where(known[:, None], difference / norm.clamp_min(1e-30)[:, None], torch.zeros_like(difference))
+    separation = torch.where(known, norm, torch.full_like(norm, float("nan")))
+    return Directions(
+        concept, source, read_at, sites, unit.float(), zero.float(), separation.float(), dict(provenance or {})
+    )
+
+
+def mean_difference_directions(
+    positive: Float[Tensor, "positive site d_model"],
+    negative: Float[Tensor, "negative site d_model"],
+    *,
+    concept: str,
+    source: str,
+    read_at: str,
+    sites: tuple[Site, ...],
+    provenance: Mapping[str, Any] | None = None,
+) -> Directions:
+    """Return difference-in-means directions, positive minus negative (Arditi et al. 2024, arXiv 2406.11717).
+
+    Raises:
+        WorkbenchError: a class is empty, or an activation is not finite.
+    """
+    for name, values in (("positive", positive), ("negative", negative)):
+        if len(values) == 0:
+            raise WorkbenchError(f"The {concept} direction needs {name} examples; found none.")
+        if not torch.isfinite(values).all():
+            raise WorkbenchError(f"The {name} activations for the {concept} direction hold NaN or infinite values.")
+    facts = {"n_positive": len(positive), "n_negative": len(negative), **(provenance or {})}
+    return directions_between(
+        positive.double().mean(0),
+        negative.double().mean(0),
+        concept=concept,
+        source=source,
+        read_at=read_at,
+        sites=sites,
+        provenance=facts,
+    )
+
+
+def awareness_directions(
+    harmful: Float[Tensor, "harmful site d_model"],
+    harmless: Float[Tensor, "harmless site d_model"],
+    sites: tuple[Site, ...],
+    provenance: Mapping[str, Any] | None = None,
+) -> Directions:
+    """Return harmful minus harmless instructions, read at the last instruction token in the plain condition."""
+    return mean_difference_directions(
+        harmful,
+        harmless,
+        concept="awareness",
+        source="harmful minus harmless instructions, plain condition",
+        read_at="last_instruction",
+        sites=sites,
+        provenance=provenance,
+    )
+
+
+def refusal_directions(
+    values: Float[Tensor, "item site d_model"],
+    refused: Bool[Tensor, "item"],
+    condition: Int[Tensor, "item"],
+    content: Int[Tensor, "item"],
+    sites: tuple[Site, ...],
+    *,
+    min_per_class: int = 5,
+    min_strata: int = 1,
+    provenance: Mapping[str, Any] | None = None,
+) -> Directions:
+    """Return refused minus complied, read at the last prompt token, without rediscovering the safety prompt.
+
+    Refusals come mostly from prompted runs and compliance from plain ones, so a pooled difference would mostly be the
+    difference of the prompts. The default is therefore a difference *within* each stratum (condition x content class),
+    averaged over the strata that hold at least `min_per_class` of both, with weights n_refused n_complied / n, the
+    inverse variance of a difference of means. With fewer than `min_strata` such strata the pooled difference is
+    returned, and without enough of both outcomes overall, harmful minus harmless content; `source` says which.
+
+    Args:
+        values: activations at the last prompt token.
+        refused: whether the model's own answer to the item was judged a refusal.
+        condition: index of the prompt condition of each item; 0 is the plain one.
+        content: 1 for harmful content, 0 for harmless.
+        sites: sites of the second axis.
+        min_per_class: refused and complied items a stratum needs to count.
+        min_strata: strata needed for the stratified source.
+        provenance: facts to record.
+
+    Raises:
+        WorkbenchError: no source applies: too few of everything.
+    """
+    facts: dict[str, Any] = dict(provenance or {})
+    facts["strata"] = [
+        {"condition": int(c), "content": "harmful" if k else "harmless", "refused": n_refused, "complied": n_complied}
+        for c, k, n_refused, n_complied in _count_strata(refused, condition, content)
+    ]
+    usable = [
+        (c, k)
+        for c, k, n_refused, n_complied in _count_strata(refused, condition, content)
+        if min(n_refused, n_complied) >= min_per_class
+    ]
+    common = {"concept": "refusal", "read_at": "last_prompt", "sites": sites}
+    if len(usable) >= min_strata:
+        one = torch.zeros(values.shape[1:], dtype=torch.float64)
+        zero = torch.zeros_like(one)
+        total = 0.0
+        for c, k in usable:
+            member = (condition == c) & (content == k)
+            n_refused, n_complied = int((member & refused).sum()), int((member & ~refused).sum())
+            weight = n_refused * n_complied / (n_refused + n_complied)
+            one += weight * values[member & refused].double().mean(0)
+            zero += weight * values[member & ~refused].double().mean(0)
+            total += weight
+        facts |= {"fit": "stratified", "strata_used": len(usable)}
+        source = "refused minus complied within condition x content"
+        return directions_between(one / total, zero / total, source=source, provenance=facts, **common)  # type: ignore[arg-type]
+    n_refused, n_complied = int(refused.sum()), int((~refused).sum())
+    if min(n_refused, n_complied) >= min_per_class:
+        source = "refused minus complied, pooled over conditions (confounded with the prompt)"
+        facts["fit"] = "pooled"
+        return mean_difference_directions(values[refused], values[~refused], source=source, provenance=facts, **common)  # type: ignore[arg-type]
+    plain = condition == 0
+    harmful, harmless = plain & (content == 1), plain & (content == 0)
+    if min(int(harmful.sum()), int(harmless.sum())) >= 2:
+        source = "harmful minus harmless content (fallback: too few refusals or compliances)"
+        facts["fit"] = "content"
+        return mean_difference_directions(values[harmful], values[harmless], source=source, provenance=facts, **common)  # type: ignore[arg-type]
+    raise WorkbenchError(
+        f"A refusal direction needs at least {min_per_class} refused and as many complied answers, or two harmful "
+        f"and two harmless prompts; found {n_refused} refused, {n_complied} complied, {int(harmful.sum())} harmful "
+        f"and {int(harmless.sum())} harmless. Use more training prompts."
+    )
+
+
+def _count_strata(
+    refused: Bool[Tensor, "item"], condition: Int[Tensor, "item"], content: Int[Tensor, "item"]
+) -> list[tuple[int, int, int, int]]:
+    counts = []
+    for c in sorted(set(condition.tolist())):
+        for k in sorted(set(content.tolist())):
+            member = (condition == c) & (content == k)
+            counts.append((c, k, int((member & refused).sum()), int((member & ~refused).sum())))
+    return counts
+
+
+def content_directions(
+    harmful: Float[Tensor, "harmful site d_model"],
+    harmless: Float[Tensor, "harmless site d_model"],
+    sites: tuple[Site, ...],
+    provenance: Mapping[str, Any] | None = None,
+) -> Directions:
+    """Return harmful minus harmless content at the last prompt token (Arditi et al.), chosen by name."""
+    return mean_difference_directions(
+        harmful,
+        harmless,
+        concept="refusal",
+        source="harmful minus harmless content",
+        read_at="last_prompt",
+        sites=sites,
+        provenance=provenance,
+    )
+
+
+def unembedding_directions(
+    unembedding: Float[Tensor, "d_model d_vocab"],
+    refusal_tokens: tuple[int, ...],
+    compliance_tokens: tuple[int, ...],
+    zero: Float[Tensor, "site d_model"],
+    one: Float[Tensor, "site d_model"],
+    sites: tuple[Site, ...],
+    provenance: Mapping[str, Any] | None = None,
+) -> Directions:
+    """Return the unembedding difference of refusal and compliance openings, the same direction at every site.
+
+    Args:
+        unembedding: the matrix W_U.
+        refusal_tokens: first tokens of refusals.
+        compliance_tokens: first tokens of compliant answers.
+        zero: class mean per site to call 0 (harmless or complied).
+        one: class mean per site to call 1 (harmful or refused).
+        sites: sites of the class means.
+        provenance: facts to record.
+
+    Raises:
+        WorkbenchError: a token list is empty.
+    """
+    if not refusal_tokens or not compliance_tokens:
+        raise WorkbenchError("The unembedding direction needs first tokens of both refusals and compliant answers.")
+    columns = unembedding.double().cpu()
+    difference = columns[:, list(refusal_tokens)].mean(1) - columns[:, list(compliance_tokens)].mean(1)
+    unit = (difference / difference.norm()).expand(len(sites), -1)
+    distance = torch.einsum("sd,sd->s", one.double() - zero.double(), unit)
+    # A direction on which the classes are not in the stated order has no separation unit.
+    separation = torch.where(distance > 0, distance, torch.full_like(distance, float("nan")))
+    return Directions(
+        "refusal",
+        "unembedding difference of refusal and compliance openings",
+        "last_prompt",
+        sites,
+        unit.float().contiguous(),
+        zero.float(),
+        separation.float(),
+        dict(provenance or {}),
+    )

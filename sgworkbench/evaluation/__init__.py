@@ -1,0 +1,1 @@
+"""Judging what models do: responses, judges, behaviour, studies."""

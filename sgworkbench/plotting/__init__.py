@@ -1,0 +1,31 @@
+"""Figures of the workbench: tidy frames and arrays in, editable plotly figures or self-contained HTML out."""
+
+from __future__ import annotations
+
+from sgworkbench.plotting.distributions import projection_distributions
+from sgworkbench.plotting.export import SavedFigure, figure_div, plotlyjs_script, save_figure
+from sgworkbench.plotting.layer_curves import layer_curves
+from sgworkbench.plotting.layout import retheme
+from sgworkbench.plotting.rates import refusal_rates
+from sgworkbench.plotting.shift_map import shift_map
+from sgworkbench.plotting.theme import ARMS, BEHAVIOUR, CONTENT, ROLES, TEMPLATES
+from sgworkbench.plotting.tokens import coloured_tokens_html, role_tokens_html
+
+__all__ = [
+    "ARMS",
+    "BEHAVIOUR",
+    "CONTENT",
+    "ROLES",
+    "TEMPLATES",
+    "SavedFigure",
+    "coloured_tokens_html",
+    "figure_div",
+    "layer_curves",
+    "plotlyjs_script",
+    "projection_distributions",
+    "refusal_rates",
+    "retheme",
+    "role_tokens_html",
+    "save_figure",
+    "shift_map",
+]

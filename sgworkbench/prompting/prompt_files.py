@@ -1,0 +1,273 @@
+"""Reading prompt sets from files, from the built-in data and from the hub."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+import yaml
+
+from sgworkbench.errors import WorkbenchError, unknown_name
+from sgworkbench.prompting.prompt_set import LABELS, SPLITS, Label, Prompt, PromptSet, Split
+
+# Field names under which public prompt files keep the instruction, tried in this order.
+TEXT_FIELDS = (
+    "text",
+    "prompt",
+    "instruction",
+    "goal",
+    "question",
+    "forbidden_prompt",
+    "behavior",
+    "Behavior",
+    "query",
+)
+_OPTIONAL_FIELDS = ("id", "label", "category", "pair", "split")
+BUILTIN_PREFIX = "builtin:"
+HUB_PREFIX = "hub:"
+
+Row = tuple[str, Mapping[str, Any]]  # where the row stands ("line 3"), and its fields
+
+
+def contrast_set() -> PromptSet:
+    """Return the built-in contrast set: harmful requests and harmless look-alikes, paired, split by pair."""
+    text = resources.files("sgworkbench.prompting").joinpath("data/contrast.csv").read_text(encoding="utf-8")
+    labels: tuple[Label, Label] = ("harmful", "harmless")
+    prompts = []
+    for row in csv.DictReader(io.StringIO(text)):
+        pair, split = row["pair"], cast(Split, row["split"])
+        prompts += [Prompt(row[label], f"{pair}-{label}", label, row["category"], pair, split) for label in labels]
+    return PromptSet("contrast", tuple(prompts))
+
+
+def load_prompts(
+    source: str | Path,
+    *,
+    fields: Mapping[str, str] | None = None,
+    label: Label | None = None,
+    name: str | None = None,
+) -> PromptSet:
+    """Read a prompt set.
+
+    Args:
+        source: a file (csv, tsv, json, jsonl, ndjson, parquet, yaml, yml, txt: one prompt a line);
+            `builtin:contrast`, `builtin:contrast/harmful`, `builtin:contrast/harmless/test`;
+            or `hub:ORG/NAME`, `hub:ORG/NAME:SPLIT` through the `datasets` package.
+        fields: maps our names (text, id, label, category, pair, split) to the file's names.
+        label: label for every prompt, overriding the file's.
+        name: name of the set; defaults to the file's stem.
+
+    Raises:
+        WorkbenchError: missing file, unknown format, broken line (with its number), missing text field, empty set.
+    """
+    text_source = str(source)
+    if text_source.startswith(BUILTIN_PREFIX):
+        prompt_set = _builtin(text_source.removeprefix(BUILTIN_PREFIX))
+        return prompt_set.labelled(label) if label else prompt_set
+    if text_source.startswith(HUB_PREFIX):
+        rows = _hub_rows(text_source.removeprefix(HUB_PREFIX))
+        stem = text_source.removeprefix(HUB_PREFIX)
+    else:
+        path = Path(source)
+        if path.is_dir():
+            raise WorkbenchError(f"Expected a prompt file, found the folder {text_source!r}.")
+        if not path.is_file():
+            raise WorkbenchError(
+                f"The prompt file {text_source!r} does not exist; give a path, builtin:contrast or hub:ORG/NAME."
+            )
+        suffix = path.suffix.lower()
+        if suffix not in _READERS:
+            raise unknown_name("prompt file type", suffix or path.name, _READERS)
+        rows = _READERS[suffix](path)
+        stem = path.stem
+    prompts = _prompts_from_rows(rows, text_source, dict(fields or {}), label)
+    if not prompts:
+        raise WorkbenchError(f"{text_source!r} holds no prompts; at least one is needed.")
+    return PromptSet(name or stem, tuple(prompts))
+
+
+def _builtin(path: str) -> PromptSet:
+    head, *parts = path.split("/")
+    if head != "contrast":
+        raise unknown_name("built-in prompt set", head, ["contrast"])
+    prompt_set = contrast_set()
+    for part in parts:
+        if part in SPLITS:
+            prompt_set = prompt_set.split(part)
+        elif part in ("harmful", "harmless"):
+            prompt_set = prompt_set.harmful if part == "harmful" else prompt_set.harmless
+        else:
+            raise unknown_name("part of the contrast set", part, ["harmful", "harmless", *SPLITS[:3]])
+    return prompt_set
+
+
+def _prompts_from_rows(rows: Iterable[Row], source: str, fields: dict[str, str], label: Label | None) -> list[Prompt]:
+    for ours in fields:
+        if ours not in ("text", *_OPTIONAL_FIELDS):
+            raise unknown_name("prompt field", ours, ("text", *_OPTIONAL_FIELDS))
+    prompts: list[Prompt] = []
+    ids: set[str] = set()
+    for where, row in rows:
+        text = _text_of(row, where, source, fields)
+        values: dict[str, str] = {}
+        for ours in _OPTIONAL_FIELDS:
+            theirs = fields.get(ours, ours)
+            if ours in fields and theirs not in row:
+                found = ", ".join(map(str, row)) or "none"
+                raise WorkbenchError(f"{source!r}, {where}: no field {theirs!r} for {ours!r}; it has {found}.")
+            value = row.get(theirs)
+            if value is not None and str(value).strip() and str(value) != "nan":
+                values[ours] = str(value)
+        # Files number their rows in many ways; a split or label in other words is only an error when it was asked for.
+        for ours, allowed in (("label", LABELS), ("split", SPLITS)):
+            if ours in values and values[ours] not in allowed:
+                if ours in fields:
+                    raise WorkbenchError(
+                        f"{source!r}, {where}: {ours} must be one of {', '.join(allowed)}; found {values[ours]!r}."
+                    )
+                del values[ours]
+        if label:
+            values["label"] = label
+        prompt_id = values.pop("id", str(len(prompts)))
+        if prompt_id in ids:
+            raise WorkbenchError(f"{source!r}, {where}: the id {prompt_id!r} occurs twice; ids must differ.")
+        ids.add(prompt_id)
+        prompts.append(Prompt(text, prompt_id, **values))  # type: ignore[arg-type]
+    return prompts
+
+
+def _text_of(row: Mapping[str, Any], where: str, source: str, fields: dict[str, str]) -> str:
+    candidates = (fields["text"],) if "text" in fields else TEXT_FIELDS
+    found = next((field for field in candidates if field in row), None)
+    if found is None:
+        raise WorkbenchError(
+            f"{source!r}, {where}: expected a text field ({', '.join(candidates)}), "
+            f"found {', '.join(map(str, row)) or 'no fields'}; name it with fields={{'text': ...}} (--text-field)."
+        )
+    value = row[found]
+    if not isinstance(value, str):
+        raise WorkbenchError(f"{source!r}, {where}: field {found!r} must be text, found {type(value).__name__}.")
+    if not value.strip():
+        raise WorkbenchError(f"{source!r}, {where}: field {found!r} is empty.")
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise WorkbenchError(f"{str(path)!r}, line {line}: not valid UTF-8; save the file as UTF-8.") from None
+
+
+def _lines(path: Path) -> list[str]:
+    # str.splitlines would also cut at characters such as U+2028, which JSON strings may hold unescaped.
+    return [line.removesuffix("\r") for line in _read_text(path).split("\n")]
+
+
+def _csv_rows(path: Path, delimiter: str = ",") -> Iterable[Row]:
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise WorkbenchError(
+                    f"{str(path)!r}, line {reader.line_num}: more cells than the header has columns; quote the text."
+                )
+            yield f"line {reader.line_num}", row
+    except csv.Error as error:
+        raise WorkbenchError(f"{str(path)!r}, line {reader.line_num}: broken CSV ({error}).") from None
+
+
+def _jsonl_rows(path: Path) -> Iterable[Row]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise WorkbenchError(f"{str(path)!r}, line {number}: broken JSON ({error.msg}).") from None
+        yield f"line {number}", _as_row(value, path, f"line {number}")
+
+
+def _json_rows(path: Path) -> Iterable[Row]:
+    try:
+        value = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise WorkbenchError(f"{str(path)!r}, line {error.lineno}: broken JSON ({error.msg}).") from None
+    return _rows_of_list(value, path)
+
+
+def _yaml_rows(path: Path) -> Iterable[Row]:
+    try:
+        value = yaml.safe_load(_read_text(path))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise WorkbenchError(f"{str(path)!r}{where}: broken YAML ({getattr(error, 'problem', error)}).") from None
+    return _rows_of_list(value, path)
+
+
+def _rows_of_list(value: Any, path: Path) -> Iterable[Row]:
+    if isinstance(value, dict):
+        lists = [v for v in value.values() if isinstance(v, list)]
+        if len(lists) == 1:
+            value = lists[0]
+    if not isinstance(value, list):
+        raise WorkbenchError(f"{str(path)!r}: expected a list of prompts, found {type(value).__name__}.")
+    return [(f"item {n}", _as_row(item, path, f"item {n}")) for n, item in enumerate(value, start=1)]
+
+
+def _as_row(value: Any, path: Path, where: str) -> Mapping[str, Any]:
+    if isinstance(value, str):
+        return {"text": value}
+    if not isinstance(value, dict):
+        raise WorkbenchError(f"{str(path)!r}, {where}: expected an object or a string, found {type(value).__name__}.")
+    return value
+
+
+def _text_rows(path: Path) -> Iterable[Row]:
+    return [(f"line {n}", {"text": line}) for n, line in enumerate(_lines(path), start=1) if line.strip()]
+
+
+def _parquet_rows(path: Path) -> Iterable[Row]:
+    try:
+        frame = pd.read_parquet(path)
+    except Exception as error:  # pyarrow raises many types for a damaged file
+        reason = " ".join(str(error).split())
+        raise WorkbenchError(f"{str(path)!r} is not a readable parquet file: {reason}") from None
+    return [(f"row {n}", row) for n, row in enumerate(frame.to_dict("records"), start=1)]  # type: ignore[misc]
+
+
+def _hub_rows(name: str) -> Iterable[Row]:
+    try:
+        import datasets
+    except ImportError:
+        raise WorkbenchError(
+            "Reading prompts from the hub needs the datasets package: pip install 'sgworkbench[hub]'."
+        ) from None
+    dataset_id, _, split = name.partition(":")
+    try:
+        table = datasets.load_dataset(dataset_id, split=split or "train")
+    except Exception as error:  # the hub client raises many types for network, name and access problems
+        reason = " ".join(str(error).split())
+        raise WorkbenchError(f"The hub data set {dataset_id!r} cannot be loaded: {reason}") from None
+    return [(f"row {n}", row) for n, row in enumerate(table, start=1)]
+
+
+_READERS: dict[str, Any] = {
+    ".csv": _csv_rows,
+    ".tsv": lambda path: _csv_rows(path, "\t"),
+    ".json": _json_rows,
+    ".jsonl": _jsonl_rows,
+    ".ndjson": _jsonl_rows,
+    ".parquet": _parquet_rows,
+    ".yaml": _yaml_rows,
+    ".yml": _yaml_rows,
+    ".txt": _text_rows,
+}

@@ -1,0 +1,231 @@
+"""Batched generation that gives every prompt what it would get alone.
+
+Prompts of unequal length are padded on the left with an explicit mask, so that all rows decode at one column, sliding
+windows see true distances and positions are exact. Only the last position is unembedded. Rows that have finished leave
+the batch. Whatever steering is active on the model applies, in prefill and in every decode step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sgworkbench.errors import WorkbenchError
+from sgworkbench.models import LoadedModel
+from sgworkbench.models.end_tokens import end_token_ids
+from sgworkbench.models.kv_cache import PreallocatedCache
+from sgworkbench.progress import Reporter, silent
+from sgworkbench.prompting.rendering import RenderedPrompt
+from sgworkbench.prompting.token_batch import (
+    TokenBatch,
+    announced_batch,
+    check_lengths,
+    length_sorted_batches,
+    pad_prompts,
+    role_index,
+)
+
+# Finished rows are dropped in groups of this share of the batch: dropping copies the cache once.
+_DROP_SHARE = 8
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How to decode.
+
+    Attributes:
+        max_new_tokens: tokens to generate at most.
+        temperature: 0 is greedy; otherwise logits are divided by it before sampling.
+        top_p: nucleus; 1 keeps the whole distribution.
+        seed: seed of the sampling; each prompt has its own stream, so a prompt's answer does not depend on the batch.
+        stop_at_end_of_turn: stop at the model's end tokens.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop_at_end_of_turn: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise WorkbenchError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}.")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise WorkbenchError(f"temperature must be 0 (greedy) or positive, found {self.temperature}.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise WorkbenchError(f"top_p must be above 0 and at most 1, found {self.top_p}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, for records."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer.
+
+    Attributes:
+        prompt_id: id of the prompt.
+        text: the decoded answer, without special tokens and without the prefill.
+        token_ids: generated ids, end token included when one was generated.
+        finished: whether the model ended its turn; False means the length cut it.
+    """
+
+    prompt_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finished: bool
+
+
+def generate(
+    loaded: LoadedModel,
+    rendered: Sequence[RenderedPrompt],
+    settings: GenerationSettings | None = None,
+    *,
+    max_batch_tokens: int = 8192,
+    max_rows: int = 32,
+    report: Reporter = silent,
+    task: str = "generating",
+) -> list[Generation]:
+    """Generate one answer per prompt, in the order of the prompts.
+
+    Args:
+        loaded: the model, with or without active steering.
+        rendered: the prompts.
+        settings: how to decode.
+        max_batch_tokens: bound on rows x (prompt + new tokens) of a batch.
+        max_rows: bound on rows of a batch.
+        report: progress callback.
+        task: name of the work in the progress display.
+
+    Raises:
+        WorkbenchError: no prompts, or a prompt that does not fit the context together with its answer.
+    """
+    chosen = settings or GenerationSettings()
+    check_lengths(rendered, loaded.identity.context_length, new_tokens=chosen.max_new_tokens)
+    answers: dict[int, Generation] = {}
+    lengths = [len(item) + chosen.max_new_tokens for item in rendered]
+    report(task, 0, len(rendered))
+    for rows in length_sorted_batches(lengths, max_tokens=max_batch_tokens, max_rows=max_rows):
+        for row, (ids, finished) in zip(rows, _decode_batch(loaded, rendered, rows, chosen), strict=True):
+            text = loaded.tokenizer.decode(list(ids), skip_special_tokens=True)
+            answers[row] = Generation(rendered[row].prompt.id, text, ids, finished)
+        report(task, len(answers), len(rendered))
+    return [answers[row] for row in range(len(rendered))]
+
+
+@torch.inference_mode()
+def _decode_batch(
+    loaded: LoadedModel, rendered: Sequence[RenderedPrompt], rows: Sequence[int], settings: GenerationSettings
+) -> list[tuple[tuple[int, ...], bool]]:
+    device = loaded.identity.device
+    batch = pad_prompts([rendered[row] for row in rows], side="left", device=device, rows=rows)
+    columns = batch.token_ids.shape[1] + settings.max_new_tokens
+    cache = PreallocatedCache(loaded.model.cfg, len(rows), columns, device)
+    stop = torch.tensor(end_token_ids(loaded) if settings.stop_at_end_of_turn else (), dtype=torch.long, device=device)
+    samplers = [_Sampler(settings, rendered[row]) for row in rows]
+    written: list[list[int]] = [[] for _ in rows]
+    finished = [False] * len(rows)
+    active = list(range(len(rows)))  # batch row -> index into `rows`
+    logits = next_token_logits(loaded, batch, cache)
+    for step in range(settings.max_new_tokens):
+        chosen = _choose(logits, [samplers[index] for index in active], settings)
+        ends = torch.isin(chosen, stop).tolist()
+        for local, (index, token) in enumerate(zip(active, chosen.tolist(), strict=True)):
+            if not finished[index]:
+                written[index].append(token)
+                finished[index] = ends[local]
+        done = [local for local, index in enumerate(active) if finished[index]]
+        if len(done) == len(active) or step == settings.max_new_tokens - 1:
+            break
+        batch = _next_step(batch, chosen)
+        if len(done) * _DROP_SHARE >= len(active):
+            kept = torch.tensor([local for local in range(len(active)) if local not in set(done)], device=device)
+            active = [active[local] for local in kept.tolist()]
+            cache.keep_rows(kept)
+            batch = _keep_rows(batch, kept)
+        logits = next_token_logits(loaded, batch, cache)
+    return [(tuple(ids), end) for ids, end in zip(written, finished, strict=True)]
+
+
+def next_token_logits(
+    loaded: LoadedModel, batch: TokenBatch, cache: PreallocatedCache | None = None
+) -> Float[Tensor, "batch d_vocab"]:
+    """Return the logits after the last column of a left-padded batch; only that column is unembedded."""
+    model = loaded.model
+    with announced_batch(batch):
+        stream = model(
+            batch.token_ids,
+            attention_mask=batch.is_real.long(),
+            past_kv_cache=cache,
+            stop_at_layer=loaded.identity.n_layers,
+            prepend_bos=False,
+        )
+        return unembed(loaded, stream[:, -1:])[:, 0]
+
+
+def unembed(loaded: LoadedModel, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+    """Apply final norm, unembedding and, where the model has one, the soft cap of the logits."""
+    model = loaded.model
+    logits: Tensor = model.unembed(model.ln_final(stream))
+    cap = float(model.cfg.output_logits_soft_cap or 0.0)
+    return cap * torch.tanh(logits / cap) if cap > 0 else logits
+
+
+def _next_step(batch: TokenBatch, chosen: Int[Tensor, "batch"]) -> TokenBatch:
+    """Return the single-column batch of the tokens just chosen."""
+    return TokenBatch(
+        chosen[:, None],
+        batch.positions[:, -1:] + 1,
+        torch.full_like(chosen[:, None], role_index("answer")),
+        batch.last_prompt,
+        batch.rows,
+        "decode",
+    )
+
+
+def _keep_rows(batch: TokenBatch, rows: Int[Tensor, "kept"]) -> TokenBatch:
+    return TokenBatch(
+        batch.token_ids[rows],
+        batch.positions[rows],
+        batch.roles[rows],
+        batch.last_prompt[rows],
+        batch.rows[rows],
+        batch.phase,
+    )
+
+
+class _Sampler:
+    """One prompt's own stream of uniform numbers, seeded by the settings' seed and the prompt's tokens."""
+
+    def __init__(self, settings: GenerationSettings, rendered: RenderedPrompt) -> None:
+        key = f"{settings.seed}:{rendered.prompt.id}:{rendered.token_ids}".encode()
+        self._generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1)
+
+    def uniform(self) -> float:
+        return float(torch.rand((), generator=self._generator, dtype=torch.float64))
+
+
+def _choose(
+    logits: Float[Tensor, "batch d_vocab"], samplers: Sequence[_Sampler], settings: GenerationSettings
+) -> Int[Tensor, "batch"]:
+    if settings.temperature == 0.0:
+        return logits.argmax(dim=-1)
+    probabilities = torch.softmax(logits.double() / settings.temperature, dim=-1)
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    cumulative = ordered.cumsum(dim=-1)
+    # A token stays in the nucleus when the mass before it is below top_p, so the first one always does.
+    kept = torch.where(cumulative - ordered < settings.top_p, ordered, torch.zeros_like(ordered))
+    cumulative = kept.cumsum(dim=-1)
+    drawn = torch.tensor([sampler.uniform() for sampler in samplers], dtype=torch.float64, device=logits.device)
+    target = drawn[:, None] * cumulative[:, -1:]
+    rank = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
+    # Rounding may point past the last kept token; the last kept one is meant then.
+    rank = torch.minimum(rank, (kept > 0).sum(dim=-1, keepdim=True) - 1)
+    return order.gather(1, rank)[:, 0]

@@ -1,0 +1,247 @@
+"""Steering vectors: one per layer, with the site they were read at, the site they are written to, and their origin."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sgworkbench.analysis.shift import SafetyShift
+from sgworkbench.analysis.site import SITE_KINDS, Site, SiteKind, parse_layers
+from sgworkbench.errors import WorkbenchError, unknown_name
+from sgworkbench.models import LoadedModel
+from sgworkbench.steering.hooks import Intervention
+from sgworkbench.steering.operators import Add
+from sgworkbench.steering.selector import Selector
+from sgworkbench.tensor_files import read_tensors, write_tensors
+
+_FORMAT = "sgworkbench-steering-vector-1"
+
+Protocol = Literal["same-site", "official"]
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+
+
+@dataclass(frozen=True)
+class SteeringVector:
+    """Vectors of some layers, all read at the same kind of site.
+
+    Attributes:
+        layers: block indices the vectors were read at.
+        values: one vector per layer, not normalised, float32.
+        read_kind: kind of site they were read at.
+        protocol: where they are written: `same-site` (where they were read) or `official` (at the input of the block
+            whose output they were read from, one block earlier, as the published code does).
+        provenance: JSON-serialisable facts: model, condition, prompt hash, residual norms.
+    """
+
+    layers: tuple[int, ...]
+    values: Float[Tensor, "layer d_model"]
+    read_kind: SiteKind = "resid_post"
+    protocol: Protocol = "same-site"
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise unknown_name("protocol", self.protocol, PROTOCOLS)
+        if self.read_kind not in SITE_KINDS:
+            raise unknown_name("site kind", self.read_kind, SITE_KINDS)
+        if len(self.layers) != len(self.values) or len(set(self.layers)) != len(self.layers) or not self.layers:
+            raise WorkbenchError(
+                f"A steering vector needs one vector for each of its layers, found {len(self.values)} vectors for "
+                f"layers {list(self.layers)}."
+            )
+        if not torch.isfinite(self.values).all():
+            bad = [layer for layer, v in zip(self.layers, self.values, strict=True) if not torch.isfinite(v).all()]
+            raise WorkbenchError(f"The steering vector holds NaN or infinite values at layers {bad}.")
+        if self.protocol == "official" and self.read_kind != "resid_post":
+            raise WorkbenchError(f"The official protocol reads resid_post; this vector was read at {self.read_kind}.")
+
+    @classmethod
+    def from_shift(cls, shift: SafetyShift, protocol: str = "same-site") -> SteeringVector:
+        """Return Self-Guard's vector: the mean shift, not normalised, at every layer that was read.
+
+        Raises:
+            WorkbenchError: unknown protocol, or a shift read at several kinds of site.
+        """
+        kinds = {site.kind for site in shift.sites}
+        if len(kinds) != 1:
+            raise WorkbenchError(f"A steering vector needs one kind of site, found {', '.join(sorted(kinds))}.")
+        provenance = {
+            "method": "mean difference, prompted minus plain, last prompt token",
+            "condition": shift.condition.to_dict(),
+            "prompts": shift.prompts,
+            "model": shift.model,
+            "template_sha256": shift.template_sha256,
+            "residual_norms": [round(value, 6) for value in shift.residual_norms.mean(0).tolist()],
+        }
+        return cls(
+            tuple(site.layer for site in shift.sites),
+            shift.mean,
+            kinds.pop(),
+            protocol,  # type: ignore[arg-type]
+            provenance,
+        )
+
+    def with_protocol(self, protocol: str) -> SteeringVector:
+        """Return the same vectors, written by another protocol."""
+        return replace(self, protocol=protocol)  # type: ignore[arg-type]
+
+    def read_site(self, layer: int) -> Site:
+        """Return the site the vector of `layer` was read at."""
+        return Site(layer, self.read_kind)
+
+    def write_site(self, layer: int) -> Site:
+        """Return the site the vector of `layer` is written to."""
+        return Site(layer, "resid_pre") if self.protocol == "official" else self.read_site(layer)
+
+    def at(self, layer: int) -> Float[Tensor, "d_model"]:
+        """Return the vector of one layer.
+
+        Raises:
+            WorkbenchError: there is none.
+        """
+        if layer not in self.layers:
+            raise WorkbenchError(f"The steering vector has no layer {layer}; it has {_ranges(self.layers)}.")
+        return self.values[self.layers.index(layer)]
+
+    def intervention(
+        self, layers: int | str | Iterable[int], alpha: float, selector: Selector | None = None
+    ) -> Intervention:
+        """Return the additive intervention alpha v_l at the chosen layers.
+
+        Args:
+            layers: one layer, several, or text such as `10-14,20`.
+            alpha: raw coefficient, the same at every layer.
+            selector: which tokens; all of them by default, prompt and answer, as in the published method.
+
+        Raises:
+            WorkbenchError: a layer without a vector, no layer, or an alpha that is not finite.
+        """
+        if isinstance(layers, str):
+            chosen: tuple[int, ...] = parse_layers(layers, max(self.layers) + 1)
+        else:
+            chosen = (layers,) if isinstance(layers, int) else tuple(layers)
+        if not chosen:
+            raise WorkbenchError("Steering needs at least one layer.")
+        if not torch.isfinite(torch.tensor(float(alpha))):
+            raise WorkbenchError(f"The steering coefficient must be a finite number, found {alpha}.")
+        vectors = {self.write_site(layer): self.at(layer) for layer in chosen}
+        return Intervention(Add(vectors, float(alpha)), selector or Selector())
+
+    def random_like(self, *, seed: int = 0) -> SteeringVector:
+        """Return random vectors of equal norm per layer: the control that says whether the direction matters."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(self.values.shape, generator=generator)
+        scaled = drawn / drawn.norm(dim=-1, keepdim=True) * self.values.norm(dim=-1, keepdim=True)
+        facts = {**self.provenance, "method": f"random direction of equal norm, seed {seed}"}
+        return replace(self, values=scaled, provenance=facts)
+
+    def check_model(self, loaded: LoadedModel) -> list[str]:
+        """Compare the vector with a model; return notes on differences that do not forbid its use.
+
+        Raises:
+            WorkbenchError: another width, layers the model lacks, or another processing of the weights.
+        """
+        identity = loaded.identity
+        width = self.values.shape[-1]
+        if width != identity.d_model:
+            raise WorkbenchError(
+                f"The steering vector has width {width}, but the model's residual stream has width {identity.d_model}; "
+                "it belongs to another model."
+            )
+        for layer in self.layers:
+            self.read_site(layer).check(identity.n_layers)
+        origin = self.provenance.get("model") or {}
+        processing = origin.get("processing", "none")
+        if processing != identity.processing:
+            raise WorkbenchError(
+                f"The vector was read from weights with processing {processing!r}, but the model has "
+                f"{identity.processing!r}; residual streams differ between them."
+            )
+        notes = []
+        if origin.get("weights_sha256") not in (None, identity.weights_sha256):
+            notes.append(f"The vector was read from other weights ({origin.get('name')}) than those it steers.")
+        return notes
+
+    def doses(self, alpha: float) -> pd.DataFrame:
+        """Return, per layer, the norm of alpha v_l and its share of the residual norm at the read site."""
+        norms = self.values.norm(dim=-1)
+        residual = self.provenance.get("residual_norms") or [float("nan")] * len(self.layers)
+        return pd.DataFrame(
+            {
+                "layer": self.layers,
+                "alpha": alpha,
+                "vector_norm": norms.tolist(),
+                "added_norm": (abs(alpha) * norms).tolist(),
+                "residual_norm": residual,
+                "fraction_of_residual": (abs(alpha) * norms / torch.tensor(residual)).tolist(),
+            }
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return one row per layer: read and write site, norm, cosine with the layer before."""
+        unit = torch.nn.functional.normalize(self.values, dim=-1)
+        neighbour = [float("nan"), *(unit[1:] * unit[:-1]).sum(-1).tolist()]
+        return pd.DataFrame(
+            {
+                "layer": self.layers,
+                "read_site": [str(self.read_site(layer)) for layer in self.layers],
+                "write_site": [str(self.write_site(layer)) for layer in self.layers],
+                "norm": self.values.norm(dim=-1).tolist(),
+                "cosine_with_previous": neighbour,
+            }
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with all facts in its metadata, atomically."""
+        metadata = {
+            "format": _FORMAT,
+            "layers": json.dumps(list(self.layers)),
+            "read_kind": self.read_kind,
+            "protocol": self.protocol,
+            "provenance": json.dumps(dict(self.provenance)),
+        }
+        write_tensors(path, {"values": self.values}, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SteeringVector:
+        """Read a file written by `save`.
+
+        Raises:
+            WorkbenchError: missing, truncated or foreign file, or damaged metadata.
+        """
+        tensors, metadata = read_tensors(path, _FORMAT, ("values",))
+        try:
+            layers = tuple(int(layer) for layer in json.loads(metadata["layers"]))
+            provenance = json.loads(metadata["provenance"])
+            read_kind, protocol = metadata["read_kind"], metadata["protocol"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise WorkbenchError(f"The metadata of {str(path)!r} is damaged: {error!r}.") from None
+        if tensors["values"].ndim != 2:
+            raise WorkbenchError(
+                f"{str(path)!r}: expected a layer x d_model tensor, found {list(tensors['values'].shape)}."
+            )
+        return cls(layers, tensors["values"].float(), read_kind, protocol, provenance)  # type: ignore[arg-type]
+
+    def _repr_html_(self) -> str:
+        condition = (self.provenance.get("condition") or {}).get("name", "unknown condition")
+        return (
+            f"<b>Steering vector</b> of {condition}: layers {_ranges(self.layers)}, read at {self.read_kind}, protocol "
+            f"{self.protocol} (layer {self.layers[-1]} is written to {self.write_site(self.layers[-1])})<br>"
+            "next: <code>wb.steer(vector, layers=20, alpha=0.5)</code>, <code>.doses(alpha)</code>, "
+            "<code>.save(path)</code>"
+        )
+
+
+def _ranges(layers: tuple[int, ...]) -> str:
+    ordered = sorted(layers)
+    if ordered == list(range(ordered[0], ordered[-1] + 1)):
+        return f"{ordered[0]} to {ordered[-1]}"
+    return ", ".join(map(str, ordered))

@@ -1,0 +1,237 @@
+"""`Workbench`: one object for notebooks that holds a model and calls the rooms; it has no logic of its own."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sgworkbench.analysis import (
+    Directions,
+    GapResult,
+    SafetyShift,
+    ShiftMap,
+    all_sites,
+    awareness_directions,
+    measure_gap,
+    read_for_gap,
+    safety_shift,
+    shift_map,
+)
+from sgworkbench.analysis.gap import text_hash
+from sgworkbench.errors import WorkbenchError
+from sgworkbench.evaluation.behaviour import ArmSpec, four_arms
+from sgworkbench.evaluation.doctor import Check, run_doctor
+from sgworkbench.evaluation.refusal_fit import RefusalSource, fit_refusal
+from sgworkbench.evaluation.study import StudyResult, run_study
+from sgworkbench.evaluation.study_config import StudyConfig
+from sgworkbench.models import LoadedModel, load_model
+from sgworkbench.progress import Reporter, silent
+from sgworkbench.prompting import Prompt, PromptCondition, PromptSet, RenderedPrompt, Renderer, concatenate
+from sgworkbench.prompting.prompt_set import Label
+from sgworkbench.runs import RunDirectory
+from sgworkbench.steering import GenerationSettings, Selector, SteeringVector, generate, steering
+
+Prompts = PromptSet | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """A loaded model and its renderer, with the package's functions as methods.
+
+    Attributes:
+        loaded: model, tokenizer and identity.
+        renderer: chat template and thinking switch in use.
+        report: progress callback of long work.
+    """
+
+    loaded: LoadedModel
+    renderer: Renderer
+    report: Reporter = silent
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path = "demo",
+        *,
+        chat_template: str | None = None,
+        thinking: bool | None = None,
+        report: Reporter = silent,
+        **options: Any,
+    ) -> Workbench:
+        """Load a model; `options` go to `load_model` (dtype, device, context_length, self_check).
+
+        Args:
+            source: "demo", a listed name, a local folder or a `.gguf` file.
+            chat_template: Jinja source, instead of the tokenizer's own template.
+            thinking: the template's thinking switch.
+            report: progress callback of long work.
+        """
+        loaded = load_model(source, **options)
+        return cls(loaded, Renderer(loaded.tokenizer, chat_template, thinking), report)
+
+    @property
+    def model(self) -> Any:
+        """The HookedTransformer, for everything TransformerLens can do."""
+        return self.loaded.model
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return self.loaded.identity.n_layers
+
+    def render(self, prompt: Prompt | str, condition: PromptCondition | None = None) -> RenderedPrompt:
+        """Render one prompt; the result shows its tokens coloured by role."""
+        return self.renderer.render(prompt, condition)
+
+    def shift(self, prompts: Prompts, condition: PromptCondition) -> SafetyShift:
+        """Measure the safety shift at every layer; `.steering_vector()` turns it into a vector."""
+        return safety_shift(self.loaded, self.renderer, _as_set(prompts, "harmful"), condition, report=self.report)
+
+    def shift_map(self, prompts: Prompts, condition: PromptCondition, direction: Directions) -> ShiftMap:
+        """Project the shift onto a direction, per layer and aligned token."""
+        chosen = _as_set(prompts, "harmful")
+        return shift_map(self.loaded, self.renderer, chosen, condition, direction, report=self.report)
+
+    def awareness_direction(self, harmful: Prompts, harmless: Prompts) -> Directions:
+        """Fit the awareness direction of every layer on training prompts."""
+        both = _labelled_pair(harmful, harmless)
+        readings = read_for_gap(self.loaded, [self.render(p) for p in both], all_sites(self.n_layers))
+        n = sum(prompt.label == "harmful" for prompt in both)
+        return awareness_directions(
+            readings.instruction[:n], readings.instruction[n:], readings.sites, self._facts(both)
+        )
+
+    def refusal_direction(
+        self,
+        harmful: Prompts,
+        harmless: Prompts,
+        condition: PromptCondition | None = None,
+        *,
+        source: RefusalSource = "judged",
+        judge: str = "arditi-substrings",
+    ) -> Directions:
+        """Fit the refusal direction of every layer on training prompts.
+
+        Source `judged` answers them with and without the safety prompt (self-reminder by default) and compares refused
+        with complied answers within each condition and content class.
+        """
+        chosen = condition or PromptCondition.preset("self-reminder")
+        both = _labelled_pair(harmful, harmless)
+        sites = all_sites(self.n_layers)
+        plain = read_for_gap(self.loaded, [self.render(p) for p in both], sites, report=self.report)
+        safe = [self.render(p, chosen) for p in both]
+        prompted = read_for_gap(self.loaded, safe, sites, report=self.report)
+        directions, _ = fit_refusal(
+            self.loaded,
+            self.renderer,
+            both,
+            chosen,
+            plain,
+            prompted,
+            source=source,
+            judge=judge,
+            provenance=self._facts(both),
+            report=self.report,
+        )
+        return directions
+
+    def gap(
+        self,
+        prompts: Prompts,
+        condition: PromptCondition,
+        refusal: Directions,
+        awareness: Directions,
+        *,
+        vector: SteeringVector | None = None,
+        layers: int | str | Iterable[int] | None = None,
+        alpha: float = 0.5,
+    ) -> GapResult:
+        """Measure the gap of held-out prompts: plain and prompted, and with a vector also steered and both.
+
+        Raises:
+            WorkbenchError: a vector without layers, or prompts the directions were fitted on.
+        """
+        chosen = _as_set(prompts, "harmful")
+        arms: tuple[ArmSpec, ...] = (ArmSpec("plain", PromptCondition.plain()), ArmSpec("prompted", condition))
+        if vector is not None:
+            if layers is None:
+                raise WorkbenchError("Measuring the steered arms needs layers=..., the layers to steer.")
+            vector.check_model(self.loaded)
+            arms = four_arms(condition, vector, layers, alpha)
+        sites = all_sites(self.n_layers)
+        readings = {}
+        for arm in arms:
+            rendered = [self.render(prompt, arm.condition) for prompt in chosen]
+            with steering(self.loaded, arm.interventions):
+                readings[arm.name] = read_for_gap(
+                    self.loaded, rendered, sites, report=self.report, task=f"reading, {arm.name}"
+                )
+        return measure_gap(readings, chosen, awareness, refusal)
+
+    @contextmanager
+    def steer(
+        self,
+        vector: SteeringVector,
+        layers: int | str | Iterable[int],
+        alpha: float,
+        *,
+        selector: Selector | None = None,
+    ) -> Iterator[None]:
+        """Steer everything that runs inside the block; the model is restored afterwards, exceptions included."""
+        vector.check_model(self.loaded)
+        with steering(self.loaded, vector.intervention(layers, alpha, selector)):
+            yield
+
+    def generate(
+        self, prompts: str | Prompts, condition: PromptCondition | None = None, **settings: Any
+    ) -> str | list[str]:
+        """Generate answers; one text for one prompt, a list for several. `settings`: see `GenerationSettings`."""
+        single = isinstance(prompts, str)
+        chosen = _as_set([prompts] if isinstance(prompts, str) else prompts, "unlabelled")
+        rendered = [self.render(prompt, condition) for prompt in chosen]
+        texts = [a.text for a in generate(self.loaded, rendered, GenerationSettings(**settings), report=self.report)]
+        return texts[0] if single else texts
+
+    def study(
+        self, harmful: PromptSet, harmless: PromptSet, *, out: str | Path | None = None, **settings: Any
+    ) -> StudyResult:
+        """Run the whole gap study: split, fit, measure four arms, answer, test. `settings`: see `StudyConfig`."""
+        source = self.loaded.identity.source
+        config = StudyConfig.build(model=source, harmful=harmful.name, harmless=harmless.name, **settings)
+        hashes = {"harmful_sha256": harmful.content_hash, "harmless_sha256": harmless.content_hash}
+        with tempfile.TemporaryDirectory() as scratch:
+            run = RunDirectory.open(out or scratch, {**config.model_dump(mode="json"), **hashes})
+            return run_study(config, self.loaded, self.renderer, harmful, harmless, run, report=self.report)
+
+    def doctor(self) -> list[Check]:
+        """Check reading, steering and generation of this model against transformers."""
+        return run_doctor(self.loaded, self.renderer, report=self.report)
+
+    def _facts(self, prompts: PromptSet) -> dict[str, Any]:
+        return {
+            "model": self.loaded.identity.to_dict(),
+            "train": prompts.summary(),
+            "train_texts_sha256": [text_hash(text) for text in prompts.texts],
+        }
+
+    def _repr_html_(self) -> str:
+        identity = self.loaded.identity
+        return (
+            f"<b>Workbench</b> on {identity.name}: {identity.architecture}, {identity.n_layers} layers, width "
+            f"{identity.d_model}, {identity.dtype} on {identity.device}, context {identity.context_length}<br>"
+            "next: <code>.shift(harmful, condition)</code>, <code>.refusal_direction(harmful, harmless)</code>, "
+            "<code>.gap(...)</code>, <code>.steer(...)</code>, <code>.generate(...)</code>, <code>.study(...)</code>"
+        )
+
+
+def _as_set(prompts: Prompts, label: Label) -> PromptSet:
+    return prompts if isinstance(prompts, PromptSet) else PromptSet.from_texts(prompts, label=label)
+
+
+def _labelled_pair(harmful: Prompts, harmless: Prompts) -> PromptSet:
+    sets = [_as_set(harmful, "harmful").labelled("harmful"), _as_set(harmless, "harmless").labelled("harmless")]
+    return concatenate("train", sets)
