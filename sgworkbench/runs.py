@@ -82,6 +82,8 @@ class RunDirectory:
                 stored = json.loads(config_file.read_text(encoding="utf-8"))
             except ValueError:
                 raise WorkbenchError(f"{str(config_file)!r} is damaged; remove the folder or choose another.") from None
+            if not isinstance(stored, dict):
+                raise WorkbenchError(f"{str(config_file)!r} is damaged; remove the folder or choose another.")
             if config_hash(stored) != config_hash(normal):
                 if not overwrite:
                     changed = sorted(k for k in {*stored, *normal} if stored.get(k) != normal.get(k))
@@ -95,14 +97,23 @@ class RunDirectory:
         return cls(folder, normal)
 
     def table(self, stage: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        """Return a stage's table: from the folder when an earlier call finished it, else computed and stored."""
+        """Return a stage's table: from the folder when an earlier call finished it, else computed and stored.
+
+        Raises:
+            WorkbenchError: the stored table is damaged, or cannot be written.
+        """
         file = self.path / "stages" / f"{stage}.parquet"
-        if file.is_file():
-            return pd.read_parquet(file)
-        with atomic_path(file) as temporary:
-            compute().to_parquet(temporary)
+        if not file.is_file():
+            # Computed before the file is opened, so that only errors of writing are reported as such.
+            table = compute()
+            with atomic_path(file) as temporary:
+                table.to_parquet(temporary)
         # Reading back makes a resumed run and an uninterrupted one see the same bytes.
-        return pd.read_parquet(file)
+        try:
+            return pd.read_parquet(file)
+        except Exception as error:  # pyarrow raises many types for a damaged file
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise WorkbenchError(f"{str(file)!r} is damaged ({reason}); remove it and run again.") from None
 
     def write_manifest(self, facts: dict[str, Any]) -> None:
         """Write manifest.json: the environment, the command, the configuration's hash and the given facts."""

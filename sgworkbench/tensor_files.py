@@ -73,20 +73,22 @@ def read_tensors(
     """
     file = Path(path)
     if not file.is_file():
-        raise WorkbenchError(f"The file {str(path)!r} does not exist.")
+        what = "is a folder; expected a safetensors file" if file.is_dir() else "does not exist"
+        raise WorkbenchError(f"The file {str(path)!r} {what}.")
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = dict(opened.metadata() or {})
             found = list(opened.keys())
             found_format = metadata.get("format")
             if found_format != file_format:
+                what = f"is of format {found_format!r}" if found_format else "does not name its format"
                 raise WorkbenchError(
-                    f"Expected a file of format {file_format!r}, but {str(path)!r} says {found_format!r}."
+                    f"Expected a file of format {file_format!r} written by this package, but {str(path)!r} {what}."
                 )
             missing = [name for name in names or () if name not in found]
             if missing:
                 raise WorkbenchError(f"{str(path)!r} lacks the tensors {', '.join(missing)}; it is damaged.")
             return {name: opened.get_tensor(name) for name in found}, metadata
     except (SafetensorError, OSError, ValueError, struct.error, json.JSONDecodeError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).rstrip(".")
         raise WorkbenchError(f"{str(path)!r} is not a readable safetensors file (truncated?): {reason}.") from None

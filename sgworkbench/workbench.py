@@ -15,7 +15,6 @@ from sgworkbench.analysis import (
     SafetyShift,
     ShiftMap,
     all_sites,
-    awareness_directions,
     measure_gap,
     read_for_gap,
     safety_shift,
@@ -24,8 +23,8 @@ from sgworkbench.analysis import (
 from sgworkbench.analysis.gap import text_hash
 from sgworkbench.errors import WorkbenchError
 from sgworkbench.evaluation.behaviour import ArmSpec, four_arms
+from sgworkbench.evaluation.direction_fitting import RefusalSource, fit_awareness, fit_refusal
 from sgworkbench.evaluation.doctor import Check, run_doctor
-from sgworkbench.evaluation.refusal_fit import RefusalSource, fit_refusal
 from sgworkbench.evaluation.study import StudyResult, run_study
 from sgworkbench.evaluation.study_config import StudyConfig
 from sgworkbench.models import LoadedModel, load_model
@@ -99,11 +98,10 @@ class Workbench:
     def awareness_direction(self, harmful: Prompts, harmless: Prompts) -> Directions:
         """Fit the awareness direction of every layer on training prompts."""
         both = _labelled_pair(harmful, harmless)
-        readings = read_for_gap(self.loaded, [self.render(p) for p in both], all_sites(self.n_layers))
-        n = sum(prompt.label == "harmful" for prompt in both)
-        return awareness_directions(
-            readings.instruction[:n], readings.instruction[n:], readings.sites, self._facts(both)
+        readings = read_for_gap(
+            self.loaded, [self.render(p) for p in both], all_sites(self.n_layers), report=self.report
         )
+        return fit_awareness(readings, both, provenance=self._facts(both))
 
     def refusal_direction(
         self,

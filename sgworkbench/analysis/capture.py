@@ -7,7 +7,7 @@ block that made them, blocks after the last wanted site are not run, and nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +16,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sgworkbench.analysis.shared_prefix import SharedPrefix, longest_prefix, run_shared_prefix
 from sgworkbench.analysis.site import Site
-from sgworkbench.errors import WorkbenchError, unknown_name
+from sgworkbench.errors import WorkbenchError, require_type, unknown_name
 from sgworkbench.models import LoadedModel
+from sgworkbench.models.engine import run_blocks
 from sgworkbench.progress import Reporter, silent
 from sgworkbench.prompting.rendering import ROLES, RenderedPrompt
 from sgworkbench.prompting.token_batch import (
@@ -59,15 +61,46 @@ def resolve_positions(rendered: Sequence[RenderedPrompt], positions: Positions) 
         if positions in ROLES:
             return [item.positions_of(positions) for item in rendered]
         raise unknown_name("position selector", positions, SELECTORS)
+    require_type(positions, Collection, "a selector name or token indices for every prompt", "see resolve_positions")
     if len(positions) != len(rendered):
         raise WorkbenchError(f"Expected token indices for {len(rendered)} prompts, found {len(positions)}.")
     for item, indices in zip(rendered, positions, strict=True):
+        require_type(
+            indices, Collection, f"a list of token indices for prompt {item.prompt.id!r}", "write [3] for token 3"
+        )
         for index in indices:
             if not 0 <= index < len(item):
                 raise WorkbenchError(
                     f"Token index {index} is outside prompt {item.prompt.id!r}, which has {len(item)} tokens."
                 )
-    return [tuple(indices) for indices in positions]
+    return [tuple(int(index) for index in indices) for indices in positions]
+
+
+def _plan(
+    rendered: Sequence[RenderedPrompt], sites: Sequence[Site], positions: Positions
+) -> tuple[list[tuple[int, ...]], list[int]]:
+    """Check a request; return the wanted tokens of every prompt, and the row at which each prompt's tokens start.
+
+    Raises:
+        WorkbenchError: things that are not rendered prompts or sites, a site given twice, no token selected at all, or
+            as `resolve_positions`.
+    """
+    require_type(rendered, (list, tuple), "a list of rendered prompts", "put a single one into a list")
+    for item in rendered:
+        require_type(item, RenderedPrompt, "rendered prompts", "render texts with Renderer.render(...) first")
+    require_type(sites, (list, tuple), "a list of sites", "put a single one into a list")
+    for site in sites:
+        require_type(site, Site, "sites", "write Site(3) for the output of block 3")
+    twice = [site for index, site in enumerate(sites) if site in sites[:index]]
+    if twice:
+        raise WorkbenchError(f"Site {twice[0]} was given twice; every site is read once.")
+    wanted = resolve_positions(rendered, positions)
+    starts = [0]
+    for indices in wanted:
+        starts.append(starts[-1] + len(indices))
+    if rendered and not starts[-1]:
+        raise WorkbenchError(f"No token of any prompt is selected by {positions!r}; nothing would be read.")
+    return wanted, starts
 
 
 @dataclass(frozen=True)
@@ -79,12 +112,14 @@ class Activations:
         values: float32 on the CPU.
         prompt_index: which prompt each row belongs to.
         position: which token of that prompt.
+        n_prompts: how many prompts were read, those without a chosen token included.
     """
 
     sites: tuple[Site, ...]
     values: Float[Tensor, "token site d_model"]
     prompt_index: Int[Tensor, "token"]
     position: Int[Tensor, "token"]
+    n_prompts: int
 
     def per_prompt(self) -> Float[Tensor, "prompt site d_model"]:
         """Return the values when exactly one token was read per prompt.
@@ -92,13 +127,18 @@ class Activations:
         Raises:
             WorkbenchError: some prompt has none or several tokens.
         """
-        expected = torch.arange(len(self.prompt_index))
-        if not torch.equal(self.prompt_index, expected):
+        if not torch.equal(self.prompt_index, torch.arange(self.n_prompts)):
             raise WorkbenchError("Expected exactly one token per prompt; use of_prompt(i) for spans.")
         return self.values
 
     def of_prompt(self, index: int) -> Float[Tensor, "token site d_model"]:
-        """Return the values of one prompt's tokens."""
+        """Return the values of one prompt's tokens, none when none was chosen.
+
+        Raises:
+            WorkbenchError: no such prompt.
+        """
+        if not 0 <= index < self.n_prompts:
+            raise WorkbenchError(f"There is no prompt {index}; {self.n_prompts} were read, counted from 0.")
         return self.values[self.prompt_index == index]
 
 
@@ -145,10 +185,7 @@ def capture(
     Raises:
         WorkbenchError: no prompts or sites, a site outside the model, a prompt longer than the context.
     """
-    wanted = resolve_positions(rendered, positions)
-    starts = [0]
-    for indices in wanted:
-        starts.append(starts[-1] + len(indices))
+    wanted, starts = _plan(rendered, sites, positions)
     values = torch.empty(starts[-1], len(sites), loaded.identity.d_model, dtype=torch.float32)
 
     def keep(site_index: int, gathered: Float[Tensor, "token d_model"], target: Int[Tensor, "token"]) -> None:
@@ -157,7 +194,7 @@ def capture(
     _visit(loaded, rendered, sites, wanted, keep, starts, max_batch_tokens, report, task)
     prompt_index = torch.tensor([row for row, indices in enumerate(wanted) for _ in indices], dtype=torch.long)
     position = torch.tensor([index for indices in wanted for index in indices], dtype=torch.long)
-    return Activations(tuple(sites), values, prompt_index, position)
+    return Activations(tuple(sites), values, prompt_index, position, len(rendered))
 
 
 def capture_span_means(
@@ -174,15 +211,12 @@ def capture_span_means(
     Raises:
         WorkbenchError: as `capture`, or a prompt without a chosen token.
     """
-    wanted = resolve_positions(rendered, positions)
+    wanted, starts = _plan(rendered, sites, positions)
     for item, indices in zip(rendered, wanted, strict=True):
         if not indices:
             raise WorkbenchError(f"Prompt {item.prompt.id!r} has no token selected by {positions!r}.")
     owner = torch.tensor([row for row, indices in enumerate(wanted) for _ in indices], dtype=torch.long)
     weight = torch.tensor([1 / len(indices) for indices in wanted for _ in indices], dtype=torch.float64)
-    starts = [0]
-    for indices in wanted:
-        starts.append(starts[-1] + len(indices))
     means = torch.zeros(len(rendered), len(sites), loaded.identity.d_model, dtype=torch.float64)
 
     def add(site_index: int, gathered: Float[Tensor, "token d_model"], target: Int[Tensor, "token"]) -> None:
@@ -210,7 +244,10 @@ def capture_moments(
     Raises:
         WorkbenchError: as `capture`; a covariance of fewer than two tokens.
     """
-    wanted = resolve_positions(rendered, positions)
+    wanted, starts = _plan(rendered, sites, positions)
+    count = starts[-1]
+    if covariance and count < 2:
+        raise WorkbenchError(f"A covariance needs at least two tokens, found {count}.")
     d_model = loaded.identity.d_model
     counts = [0] * len(sites)
     mean = torch.zeros(len(sites), d_model, dtype=torch.float64)
@@ -230,13 +267,7 @@ def capture_moments(
         mean[site_index] += delta * (n_new / total)
         counts[site_index] = total
 
-    starts = [0]
-    for indices in wanted:
-        starts.append(starts[-1] + len(indices))
     _visit(loaded, rendered, sites, wanted, merge, starts, max_batch_tokens, report, task)
-    count = starts[-1]
-    if scatter is not None and count < 2:
-        raise WorkbenchError(f"A covariance needs at least two tokens, found {count}.")
     return Moments(tuple(sites), count, mean, None if scatter is None else scatter / (count - 1))
 
 
@@ -257,11 +288,17 @@ def _visit(
     for site in sites:
         site.check(loaded.identity.n_layers)
     check_lengths(rendered, loaded.identity.context_length)
+    stop_at_layer = max(site.layer for site in sites) + 1
+    longest = longest_prefix(rendered, wanted)
+    prefix: SharedPrefix | None = None
     done = 0
     report(task, 0, len(rendered))
     for rows in length_sorted_batches([len(item) for item in rendered], max_tokens=max_batch_tokens):
         batch = pad_prompts([rendered[row] for row in rows], side="right", device=loaded.identity.device, rows=rows)
-        where = [(local, index) for local, row in enumerate(rows) for index in wanted[row]]
+        if prefix is None or not prefix.fits(batch):
+            prefix = run_shared_prefix(loaded, batch, stop_at_layer=stop_at_layer, longest=longest)
+        skipped = 0 if prefix is None else prefix.length
+        where = [(local, index - skipped) for local, row in enumerate(rows) for index in wanted[row]]
         target = torch.tensor([starts[row] + k for row in rows for k in range(len(wanted[row]))], dtype=torch.long)
         index = torch.tensor(where, dtype=torch.long, device=batch.token_ids.device).reshape(-1, 2)
 
@@ -269,7 +306,7 @@ def _visit(
             return lambda stream: receive(site_index, stream[index[:, 0], index[:, 1]], target)
 
         readers = {site.hook_name: gather(site_index) for site_index, site in enumerate(sites)}
-        run_prefill(loaded, batch, readers, stop_at_layer=max(site.layer for site in sites) + 1)
+        run_prefill(loaded, batch, readers, stop_at_layer=stop_at_layer, prefix=prefix)
         done += len(rows)
         report(task, done, len(rendered))
 
@@ -281,17 +318,18 @@ def run_prefill(
     readers: dict[str, Callable[[Tensor], None]],
     *,
     stop_at_layer: int,
+    prefix: SharedPrefix | None = None,
 ) -> Float[Tensor, "batch pos d_model"]:
     """Run the blocks below `stop_at_layer` on a right-padded batch, handing hook points' values to `readers`.
 
-    Returns the residual stream that would enter block `stop_at_layer`.
+    Returns the residual stream that would enter block `stop_at_layer`; readers and result begin after the prefix, when
+    the first tokens of the batch have been run already.
     """
-    with reading(loaded.model, readers), announced_batch(batch):
-        # prepend_bos and padding_side are stated because the class's defaults would change the tokens or the mask.
-        stream: Tensor = loaded.model(
-            batch.token_ids, stop_at_layer=stop_at_layer, prepend_bos=False, padding_side="right"
+    rest = batch if prefix is None else prefix.rest(batch)
+    with reading(loaded.model, readers), announced_batch(rest):
+        return run_blocks(
+            loaded, rest.token_ids, cache=None if prefix is None else prefix.cache, stop_at_layer=stop_at_layer
         )
-    return stream
 
 
 @contextmanager

@@ -23,7 +23,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sgworkbench.analysis.site import Site
-from sgworkbench.errors import WorkbenchError
+from sgworkbench.errors import WorkbenchError, require_type
+from sgworkbench.statistics import Auroc
 from sgworkbench.tensor_files import read_tensors, write_tensors
 
 _FORMAT = "sgworkbench-directions-1"
@@ -56,8 +57,18 @@ class Directions:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def project(self, values: Float[Tensor, "*batch site d_model"]) -> Float[Tensor, "*batch site"]:
-        """Return raw projections `u . h` of activations at these sites."""
-        return torch.einsum("...sd,sd->...s", values, self.unit)
+        """Return raw projections `u . h` of activations at these sites, in float32.
+
+        Raises:
+            WorkbenchError: activations of other sites or of another width.
+        """
+        require_type(values, Tensor, "activations as a torch tensor", "convert arrays with torch.from_numpy")
+        if values.shape[-2:] != self.unit.shape:
+            raise WorkbenchError(
+                f"Expected activations of shape (..., sites, d_model) = (..., {self.unit.shape[0]}, "
+                f"{self.unit.shape[1]}), found {tuple(values.shape)}; read them at the sites of the directions."
+            )
+        return torch.einsum("...sd,sd->...s", values.to(self.unit), self.unit)
 
     def in_separation_units(self, values: Float[Tensor, "*batch site d_model"]) -> Float[Tensor, "*batch site"]:
         """Return projections with the class means at 0 and 1; NaN where the classes do not differ."""
@@ -75,13 +86,27 @@ class Directions:
             WorkbenchError: the site is not among these directions' sites.
         """
         if site not in self.sites:
-            raise WorkbenchError(f"There is no {self.concept} direction at {site}; sites: {_span(self.sites)}.")
+            raise WorkbenchError(f"There is no {self.concept} direction at {site}; sites: {span(self.sites)}.")
         return self.unit[self.sites.index(site)]
 
     @property
     def validated(self) -> bool | None:
         """Whether a causal check confirmed the direction; None when none was made."""
         return self.provenance.get("validated")
+
+    def with_separation(self, area: Auroc | None) -> Directions:
+        """Return a copy that records the cross-validated AUROC of its classes on the training split."""
+        if area is None:
+            return self
+        return self.with_provenance(cross_validated_auroc=area.value.tolist(), cross_validated_low=area.low.tolist())
+
+    def separated(self) -> list[bool]:
+        """Return, per site, whether cross-validation separates the classes better than chance (95 % interval).
+
+        Where it does not, separation units divide by noise. True everywhere when no cross-validation was recorded.
+        """
+        recorded = self.provenance.get("cross_validated_low")
+        return [True] * len(self.sites) if recorded is None else [low > 0.5 for low in recorded]
 
     def with_provenance(self, **facts: Any) -> Directions:
         """Return a copy with further facts recorded."""
@@ -104,14 +129,22 @@ class Directions:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file with all facts in its metadata, atomically."""
+        """Write a safetensors file with all facts in its metadata, atomically.
+
+        Raises:
+            WorkbenchError: the file cannot be written, or the provenance is not JSON-serialisable.
+        """
+        try:
+            provenance = json.dumps(dict(self.provenance))
+        except (TypeError, ValueError) as error:
+            raise WorkbenchError(f"The provenance must hold plain JSON values to be saved: {error}.") from None
         metadata = {
             "format": _FORMAT,
             "concept": self.concept,
             "source": self.source,
             "read_at": self.read_at,
             "sites": json.dumps([str(site) for site in self.sites]),
-            "provenance": json.dumps(dict(self.provenance)),
+            "provenance": provenance,
         }
         write_tensors(path, {"unit": self.unit, "origin": self.origin, "separation": self.separation}, metadata)
 
@@ -123,28 +156,37 @@ class Directions:
             WorkbenchError: missing, truncated or foreign file.
         """
         tensors, metadata = read_tensors(path, _FORMAT, ("unit", "origin", "separation"))
-        sites = tuple(Site.parse(text) for text in json.loads(metadata["sites"]))
-        return cls(
-            metadata["concept"],
-            metadata["source"],
-            metadata["read_at"],
-            sites,
-            tensors["unit"],
-            tensors["origin"],
-            tensors["separation"],
-            json.loads(metadata["provenance"]),
-        )
+        try:
+            sites = tuple(Site.parse(text) for text in json.loads(metadata["sites"]))
+            provenance = json.loads(metadata["provenance"])
+            concept, source, read_at = (metadata[name] for name in ("concept", "source", "read_at"))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, WorkbenchError) as error:
+            raise WorkbenchError(f"{str(path)!r} has damaged metadata ({error}); fit the directions again.") from None
+        unit, origin, separation = (tensors[name] for name in ("unit", "origin", "separation"))
+        expected = (len(sites), unit.shape[-1] if unit.dim() else 0)
+        if (
+            (tuple(unit.shape), tuple(origin.shape), tuple(separation.shape)) != (expected, expected, expected[:1])
+            or any(tensor.dtype != torch.float32 for tensor in (unit, origin, separation))
+            or not isinstance(provenance, dict)
+            or provenance.get("validated") not in (None, True, False)
+        ):
+            raise WorkbenchError(
+                f"{str(path)!r} is damaged: its tensors, {len(sites)} sites and provenance do not belong together; "
+                "fit the directions again."
+            )
+        return cls(concept, source, read_at, sites, unit, origin, separation, provenance)
 
     def _repr_html_(self) -> str:
         norm = self.separation
         return (
-            f"<b>{self.describe()}</b><br>read at {self.read_at}, sites {_span(self.sites)}, "
+            f"<b>{self.describe()}</b><br>read at {self.read_at}, sites {span(self.sites)}, "
             f"separation {norm.nanmean():.2f} on average<br>"
             "next: <code>.project(h)</code>, <code>.in_separation_units(h)</code>, <code>.to_dataframe()</code>"
         )
 
 
-def _span(sites: tuple[Site, ...]) -> str:
+def span(sites: tuple[Site, ...]) -> str:
+    """Return sites in a few characters, for messages."""
     return str(sites[0]) if len(sites) == 1 else f"{sites[0]} ... {sites[-1]} ({len(sites)})"
 
 
@@ -187,8 +229,7 @@ def mean_difference_directions(
     for name, values in (("positive", positive), ("negative", negative)):
         if len(values) == 0:
             raise WorkbenchError(f"The {concept} direction needs {name} examples; found none.")
-        if not torch.isfinite(values).all():
-            raise WorkbenchError(f"The {name} activations for the {concept} direction hold NaN or infinite values.")
+        _require_finite(values, f"{name} activations for the {concept} direction")
     facts = {"n_positive": len(positive), "n_negative": len(negative), **(provenance or {})}
     return directions_between(
         positive.double().mean(0),
@@ -199,6 +240,13 @@ def mean_difference_directions(
         sites=sites,
         provenance=facts,
     )
+
+
+def _require_finite(values: Float[Tensor, "item site d_model"], what: str) -> None:
+    if not torch.isfinite(values).all():
+        raise WorkbenchError(
+            f"The {what} hold NaN or infinite values; load the model in a wider dtype, such as float32."
+        )
 
 
 def awareness_directions(
@@ -249,20 +297,25 @@ def refusal_directions(
         provenance: facts to record.
 
     Raises:
-        WorkbenchError: no source applies: too few of everything.
+        WorkbenchError: no source applies (too few of everything), lists of unequal length, or an activation that is
+            not finite.
     """
+    if not len(values) == len(refused) == len(condition) == len(content):
+        raise WorkbenchError(
+            f"Expected one outcome, condition and content class per activation, found {len(values)} activations, "
+            f"{len(refused)} outcomes, {len(condition)} conditions and {len(content)} content classes."
+        )
+    _require_finite(values, "activations for the refusal direction")
+    min_per_class = max(1, min_per_class)
     facts: dict[str, Any] = dict(provenance or {})
+    counts = _count_strata(refused, condition, content)
     facts["strata"] = [
         {"condition": int(c), "content": "harmful" if k else "harmless", "refused": n_refused, "complied": n_complied}
-        for c, k, n_refused, n_complied in _count_strata(refused, condition, content)
+        for c, k, n_refused, n_complied in counts
     ]
-    usable = [
-        (c, k)
-        for c, k, n_refused, n_complied in _count_strata(refused, condition, content)
-        if min(n_refused, n_complied) >= min_per_class
-    ]
+    usable = [(c, k) for c, k, n_refused, n_complied in counts if min(n_refused, n_complied) >= min_per_class]
     common = {"concept": "refusal", "read_at": "last_prompt", "sites": sites}
-    if len(usable) >= min_strata:
+    if len(usable) >= max(1, min_strata):
         one = torch.zeros(values.shape[1:], dtype=torch.float64)
         zero = torch.zeros_like(one)
         total = 0.0
@@ -273,7 +326,7 @@ def refusal_directions(
             one += weight * values[member & refused].double().mean(0)
             zero += weight * values[member & ~refused].double().mean(0)
             total += weight
-        facts |= {"fit": "stratified", "strata_used": len(usable)}
+        facts |= {"fit": "stratified", "strata_used": len(usable), "min_per_class": min_per_class}
         source = "refused minus complied within condition x content"
         return directions_between(one / total, zero / total, source=source, provenance=facts, **common)  # type: ignore[arg-type]
     n_refused, n_complied = int(refused.sum()), int((~refused).sum())
@@ -344,10 +397,15 @@ def unembedding_directions(
         provenance: facts to record.
 
     Raises:
-        WorkbenchError: a token list is empty.
+        WorkbenchError: a token list is empty, both lists are the same, or a token is not in the vocabulary.
     """
-    if not refusal_tokens or not compliance_tokens:
-        raise WorkbenchError("The unembedding direction needs first tokens of both refusals and compliant answers.")
+    if not refusal_tokens or not compliance_tokens or set(refusal_tokens) == set(compliance_tokens):
+        raise WorkbenchError(
+            "The unembedding direction needs first tokens of both refusals and compliant answers, and they must differ."
+        )
+    outside = [t for t in (*refusal_tokens, *compliance_tokens) if not 0 <= t < unembedding.shape[1]]
+    if outside:
+        raise WorkbenchError(f"Token {outside[0]} is not in the vocabulary of {unembedding.shape[1]} tokens.")
     columns = unembedding.double().cpu()
     difference = columns[:, list(refusal_tokens)].mean(1) - columns[:, list(compliance_tokens)].mean(1)
     unit = (difference / difference.norm()).expand(len(sites), -1)

@@ -24,10 +24,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sgworkbench.analysis.capture import capture
-from sgworkbench.analysis.directions import Directions
+from sgworkbench.analysis.directions import Directions, span
 from sgworkbench.analysis.nulls import RANDOM, SHUFFLED, NullBand, null_band, random_unit_directions
 from sgworkbench.analysis.site import Site
-from sgworkbench.errors import WorkbenchError, unknown_name
+from sgworkbench.errors import WorkbenchError, require_type, unknown_name
 from sgworkbench.models import LoadedModel
 from sgworkbench.progress import Reporter, silent
 from sgworkbench.prompting import PromptSet, RenderedPrompt
@@ -96,6 +96,15 @@ class GapResult:
         present = set(self.table["arm"])
         return [arm for arm in ARMS if arm in present]
 
+    def unseparated_layers(self, quantity: Quantity = "gap") -> list[int]:
+        """Return the layers where a direction does not separate its own classes in cross-validation.
+
+        Separation units divide by the distance of these classes and mean little there.
+        """
+        used = {"awareness": [self.awareness], "refusal": [self.refusal], "gap": [self.awareness, self.refusal]}
+        separated = [all(flags) for flags in zip(*(d.separated() for d in used[quantity]), strict=True)]
+        return [site.layer for site, flag in zip(self.awareness.sites, separated, strict=True) if not flag]
+
     def summary(self, quantity: Quantity = "gap", label: str = "harmful", *, seed: int = 0) -> pd.DataFrame:
         """Return mean and bootstrap interval over prompts, per arm and layer.
 
@@ -142,7 +151,9 @@ class GapResult:
         return cube, layers, list(wide.index)
 
     def nulls_dataframe(self) -> pd.DataFrame:
-        """Return the null bands: name, layer, low, high, n."""
+        """Return the null bands: name, layer, low, high, n; empty when there were no plain readings to make them of."""
+        if not self.nulls:
+            return pd.DataFrame(columns=["name", "layer", "low", "high", "n"])
         return pd.concat([band.to_dataframe() for band in self.nulls], ignore_index=True)
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -213,9 +224,12 @@ def measure_gap(
         seed: seed of the random directions.
 
     Raises:
-        WorkbenchError: unknown arm, sites that differ between directions and readings, or a test prompt that was used
-            for fitting.
+        WorkbenchError: no or unknown arms, sites that differ between directions and readings, several sites of one
+            layer, readings of other prompts, or a test prompt that was used for fitting.
     """
+    require_type(prompts, PromptSet, "a PromptSet", "wrap texts with PromptSet.from_texts([...])")
+    if not readings:
+        raise WorkbenchError(f"No readings were given; expected at least one of the arms {', '.join(ARMS)}.")
     for name in readings:
         if name not in ARMS:
             raise unknown_name("arm", name, ARMS)
@@ -229,7 +243,18 @@ def measure_gap(
     frames = []
     for arm, reading in readings.items():
         if reading.sites != awareness.sites or reading.sites != refusal.sites:
-            raise WorkbenchError("Readings and directions must cover the same sites.")
+            raise WorkbenchError(
+                f"Readings and directions must cover the same sites; found {span(reading.sites)} for the {arm} "
+                f"readings, {span(awareness.sites)} for awareness and {span(refusal.sites)} for refusal."
+            )
+        if len({site.layer for site in reading.sites}) < len(reading.sites):
+            raise WorkbenchError(
+                "The gap is measured at one site per layer; choose resid_pre, resid_mid or resid_post."
+            )
+        if not len(reading.instruction) == len(reading.prompt) == len(prompts):
+            raise WorkbenchError(
+                f"Expected {arm} readings of the {len(prompts)} prompts, found {len(reading.instruction)}."
+            )
         aware = awareness.in_separation_units(reading.instruction)
         refuse = refusal.in_separation_units(reading.prompt)
         frames.append(_arm_rows(prompts, arm, reading.sites, aware, refuse))

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sgworkbench.analysis.site import Site
+from sgworkbench.errors import WorkbenchError
 
 RANDOM = "random directions"
 SHUFFLED = "shuffled labels"
@@ -33,6 +34,7 @@ def shuffled_unit_directions(
     *,
     n: int,
     strata: Int[Tensor, "item"] | None = None,
+    min_per_class: int = 1,
     seed: int = 0,
 ) -> Float[Tensor, "null site d_model"]:
     """Return difference-in-means directions after shuffling the labels, within strata when given.
@@ -43,7 +45,11 @@ def shuffled_unit_directions(
         n: how many shuffles.
         strata: group of each item; labels move only within a group, which keeps the groups' class sizes, and the
             difference is taken within groups as `refusal_directions` does.
+        min_per_class: items of both labels a group needs to count; give the value the real direction was fitted with.
         seed: seed of the shuffles.
+
+    Raises:
+        WorkbenchError: no group holds enough items of both labels.
     """
     generator = torch.Generator().manual_seed(seed)
     group = torch.zeros_like(label) if strata is None else strata
@@ -52,13 +58,18 @@ def shuffled_unit_directions(
         members = (group == stratum).nonzero().squeeze(1)
         n_one = int(label[members].sum())
         n_zero = len(members) - n_one
-        if n_one == 0 or n_zero == 0:
+        if min(n_one, n_zero) < max(1, min_per_class):
             continue
         effective = n_one * n_zero / len(members)
         for index in range(n):
             order = members[torch.randperm(len(members), generator=generator)]
             weights[index, order[:n_one]] = effective / n_one
             weights[index, order[n_one:]] = -effective / n_zero
+    if not weights.any():
+        raise WorkbenchError(
+            f"Shuffling labels needs a group with at least {max(1, min_per_class)} items of both labels; found none "
+            f"among {len(label)} items."
+        )
     difference = torch.einsum("ni,isd->nsd", weights, values.float())
     return torch.nn.functional.normalize(difference, dim=-1, eps=1e-30)
 
@@ -95,7 +106,13 @@ class NullBand:
 
 
 def null_band(name: str, sites: tuple[Site, ...], statistics: Float[Tensor, "null site"]) -> NullBand:
-    """Summarise a statistic over null directions by its central 95 % range per site."""
+    """Summarise a statistic over null directions by its central 95 % range per site.
+
+    Raises:
+        WorkbenchError: no null directions.
+    """
+    if len(statistics) == 0:
+        raise WorkbenchError(f"The null band of {name} needs at least one null direction, found none; raise n_null.")
     values = statistics.double().numpy()
     low, high = np.quantile(values, [0.025, 0.975], axis=0)
     return NullBand(name, sites, low, high, len(values))

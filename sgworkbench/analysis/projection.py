@@ -72,7 +72,7 @@ def projected_shift(
         null_band(name, direction.sites, torch.einsum("nsd,sd->ns", units, mean) / direction.separation)
         for name, units in fits
     )
-    return LayerCurve(table, nulls, "shift along the refusal direction (separation units)")
+    return LayerCurve(table, nulls, f"shift along the {direction.concept} direction (separation units)")
 
 
 def held_out_separation(

@@ -20,7 +20,7 @@ from sgworkbench.analysis.capture import capture
 from sgworkbench.analysis.directions import Directions
 from sgworkbench.analysis.nulls import RANDOM, NullBand, null_band, random_unit_directions
 from sgworkbench.analysis.site import Site, all_sites
-from sgworkbench.errors import WorkbenchError
+from sgworkbench.errors import WorkbenchError, require_type, unknown_name
 from sgworkbench.models import LoadedModel
 from sgworkbench.progress import Reporter, silent
 from sgworkbench.prompting import PromptCondition, PromptSet, Renderer, align
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # Pairs whose activations are in memory at once; the mean runs on in float64.
 _CHUNK = 128
+_UNITS = ("raw", "separation_units")
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,8 @@ def safety_shift(
     Raises:
         WorkbenchError: the condition adds nothing; otherwise as `capture`.
     """
-    if condition.is_plain:
-        raise WorkbenchError("The plain condition has no shift; choose a safety prompt such as self-reminder.")
-    chosen = sites or all_sites(loaded.identity.n_layers)
+    _check_request(prompts, condition)
+    chosen = all_sites(loaded.identity.n_layers) if sites is None else tuple(sites)
     plain = [renderer.render(prompt) for prompt in prompts]
     safe = [renderer.render(prompt, condition) for prompt in prompts]
     total = torch.zeros(len(chosen), loaded.identity.d_model, dtype=torch.float64)
@@ -177,6 +177,13 @@ def shift_from_readings(
     )
 
 
+def _check_request(prompts: PromptSet, condition: PromptCondition) -> None:
+    require_type(prompts, PromptSet, "a PromptSet", "wrap texts with PromptSet.from_texts([...])")
+    require_type(condition, PromptCondition, "a PromptCondition", "presets are PromptCondition.preset(name)")
+    if condition.is_plain:
+        raise WorkbenchError("The plain condition has no shift; choose a safety prompt such as self-reminder.")
+
+
 @dataclass(frozen=True)
 class ShiftMap:
     """Projection of the shift onto a direction, for every layer and aligned token.
@@ -200,8 +207,9 @@ class ShiftMap:
         """Return one prompt's map as layer x token, with token texts and roles.
 
         Raises:
-            WorkbenchError: no such prompt.
+            WorkbenchError: no such prompt, or unknown unit.
         """
+        _check_unit(unit)
         rows = self.table[self.table["prompt_id"] == prompt_id]
         if rows.empty:
             raise WorkbenchError(f"The shift map holds no prompt {prompt_id!r}.")
@@ -217,7 +225,13 @@ class ShiftMap:
         Prompts have different lengths, so the last `n_tokens` instruction tokens are lined up at the end, followed by
         the template tokens after them. Returns values (layer x position), labels, roles and the number of prompts
         behind each column.
+
+        Raises:
+            WorkbenchError: fewer than one token, or unknown unit.
         """
+        _check_unit(unit)
+        if n_tokens < 1:
+            raise WorkbenchError(f"A map needs at least one instruction token, found n_tokens={n_tokens}.")
         columns: list[tuple[str, int]] = []
         instruction = self.table[self.table["role"] == "instruction"]
         deepest = min(n_tokens, int(instruction["from_end"].max()) + 1)
@@ -254,6 +268,11 @@ class ShiftMap:
         )
 
 
+def _check_unit(unit: str) -> None:
+    if unit not in _UNITS:
+        raise unknown_name("unit", unit, _UNITS)
+
+
 def shift_map(
     loaded: LoadedModel,
     renderer: Renderer,
@@ -273,8 +292,9 @@ def shift_map(
     Raises:
         WorkbenchError: as `safety_shift` and `align`.
     """
-    if condition.is_plain:
-        raise WorkbenchError("The plain condition has no shift; choose a safety prompt such as self-reminder.")
+    _check_request(prompts, condition)
+    if len({site.layer for site in direction.sites}) < len(direction.sites):
+        raise WorkbenchError("A shift map has one site per layer; choose resid_pre, resid_mid or resid_post.")
     null_directions = random_unit_directions(n_null, len(direction.sites), loaded.identity.d_model, seed=seed)
     null_sum = torch.zeros(n_null, len(direction.sites))
     frames: list[pd.DataFrame] = []

@@ -6,6 +6,7 @@ and nowhere else, because off-by-one errors between those names are the commones
 
 from __future__ import annotations
 
+import operator
 import re
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -31,7 +32,14 @@ class Site:
 
     def __post_init__(self) -> None:
         if self.kind not in SITE_KINDS:
-            raise unknown_name("site kind", self.kind, SITE_KINDS)
+            raise unknown_name("site kind", str(self.kind), SITE_KINDS)
+        try:
+            # NumPy's integers become Python's, so that sites compare, hash and serialise alike.
+            object.__setattr__(self, "layer", operator.index(self.layer))
+        except TypeError:
+            raise WorkbenchError(
+                f"A site's layer is a whole number, found {self.layer!r}; read text with Site.parse."
+            ) from None
         if self.layer < 0:
             raise WorkbenchError(f"A site's layer counts from 0; found {self.layer}.")
 
@@ -42,16 +50,19 @@ class Site:
         return (self.layer, _ORDER[self.kind]) < (other.layer, _ORDER[other.kind])
 
     @classmethod
-    def parse(cls, text: str) -> Site:
+    def parse(cls, text: str | int) -> Site:
         """Read `resid_post[12]`, a hook name `blocks.12.hook_resid_post`, or a bare layer number (resid_post).
 
         Raises:
             WorkbenchError: anything else.
         """
+        text = str(text)
         for pattern in (r"(?P<kind>[a-z_]+)\[(?P<layer>\d+)\]", r"blocks\.(?P<layer>\d+)\.hook_(?P<kind>[a-z_]+)"):
             found = re.fullmatch(pattern, text.strip())
             if found:
-                return cls(int(found["layer"]), found["kind"])  # type: ignore[arg-type]
+                if found["kind"] not in SITE_KINDS:
+                    raise unknown_name("site kind", found["kind"], SITE_KINDS)
+                return cls(int(found["layer"]), found["kind"])
         if re.fullmatch(r"\d+", text.strip()):
             return cls(int(text))
         raise WorkbenchError(f"Expected a site such as resid_post[12] or blocks.12.hook_resid_post, found {text!r}.")
@@ -116,13 +127,13 @@ class Site:
         return str(self.layer)
 
     @classmethod
-    def from_svec_key(cls, key: str, n_layers: int) -> Site:
+    def from_svec_key(cls, key: str | int, n_layers: int) -> Site:
         """Return the site a `.svec` key was read at.
 
         Raises:
             WorkbenchError: not a layer number of the model, or the last key, which is after the final norm.
         """
-        if not re.fullmatch(r"\d+", key) or int(key) >= n_layers:
+        if not re.fullmatch(r"\d+", str(key)) or int(key) >= n_layers:
             raise WorkbenchError(f"Expected a .svec key from 0 to {n_layers - 1}, found {key!r}.")
         if int(key) == n_layers - 1:
             raise WorkbenchError(f".svec key {key} was taken after the final norm and is not a residual-stream site.")
@@ -163,21 +174,20 @@ def all_sites(n_layers: int, kind: SiteKind = "resid_post") -> tuple[Site, ...]:
     return tuple(Site(layer, kind) for layer in range(n_layers))
 
 
-def parse_layers(text: str, n_layers: int) -> tuple[int, ...]:
+def parse_layers(text: str | int, n_layers: int) -> tuple[int, ...]:
     """Read a layer list such as `20`, `30,31,32` or `10-14,20`; both ends of a range count.
 
     Raises:
         WorkbenchError: not such a list, or a layer outside the model.
     """
-    layers: list[int] = []
-    for part in text.split(","):
+    layers: set[int] = set()
+    for part in str(text).split(","):
         found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if not found:
             raise WorkbenchError(f"Expected layers such as 20 or 10-14,20; found {text!r}.")
         first, last = int(found[1]), int(found[2] or found[1])
         if last < first:
             raise WorkbenchError(f"The layer range {part.strip()!r} runs backwards.")
-        layers += range(first, last + 1)
-    for layer in layers:
-        Site(layer).check(n_layers)
-    return tuple(sorted(set(layers)))
+        Site(last).check(n_layers)
+        layers.update(range(first, last + 1))
+    return tuple(sorted(layers))

@@ -48,6 +48,7 @@ def answer(
     judge: str,
     *,
     report: Reporter = silent,
+    task: str = "answers",
 ) -> pd.DataFrame:
     """Generate and judge one answer per prompt.
 
@@ -56,7 +57,7 @@ def answer(
     """
     rendered = [renderer.render(prompt, arm.condition) for prompt in prompts]
     with steering(loaded, arm.interventions) if arm.interventions else nullcontext():
-        answers = generate(loaded, rendered, settings, report=report, task=f"answers, {arm.name}")
+        answers = generate(loaded, rendered, settings, report=report, task=f"{task}, {arm.name}")
     chosen = get_judge(judge)
     verdicts = [chosen.judge(p.text, a.text).verdict for p, a in zip(prompts, answers, strict=True)]
     frame = pd.DataFrame(

@@ -153,7 +153,9 @@ def _steered(loaded: LoadedModel, reference: Any, rendered: list[RenderedPrompt]
         ours = _greedy(loaded, rendered)
     block = decoder_layers(reference)[layer]
     with hooked_block(block, 0.5 * vector.at(layer), before=protocol == "official"):
-        theirs = [_recomputed(lambda ids: reference(input_ids=ids).logits, item, reference.device) for item in rendered]
+        theirs = [
+            _recomputed(lambda ids: reference(input_ids=ids).logits, item, str(reference.device)) for item in rendered
+        ]
     equal = sum(a == b for a, b in zip(ours, theirs, strict=True))
     where = vector.write_site(layer)
     return _verdict(equal == len(rendered), f"{equal} of {len(rendered)} greedy answers equal, written to {where}")

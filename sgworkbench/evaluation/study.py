@@ -25,7 +25,6 @@ from sgworkbench.analysis import (
     ShiftMap,
     Site,
     all_sites,
-    awareness_directions,
     measure_gap,
     parse_layers,
     read_for_gap,
@@ -37,7 +36,7 @@ from sgworkbench.analysis.projection import LayerCurve, best_layer, held_out_sep
 from sgworkbench.analysis.shift import shift_from_readings
 from sgworkbench.errors import WorkbenchError
 from sgworkbench.evaluation.behaviour import ArmSpec, answer, four_arms, refusal_rates
-from sgworkbench.evaluation.refusal_fit import fit_refusal
+from sgworkbench.evaluation.direction_fitting import fit_awareness, fit_refusal
 from sgworkbench.evaluation.study_config import StudyConfig
 from sgworkbench.evaluation.validation import CausalCheck, causal_check, held_out_by_condition
 from sgworkbench.models import LoadedModel
@@ -68,7 +67,7 @@ class StudyResult:
         gap: awareness, refusal and gap of the test prompts in the four arms.
         separation: held-out AUROC of the awareness direction by layer, with nulls.
         projected: projection of the shift onto the refusal direction by layer, harmful test prompts, with nulls.
-        causal: the causal check of the refusal direction.
+        causal: the causal check of the refusal direction; None where the direction has no class distance to add.
         held_out: AUROC of refused against complied per condition at the shown layer.
         answers: one row per test prompt and arm; None when nothing was generated.
         rates: refusal rate per arm and label; None when nothing was generated.
@@ -89,7 +88,7 @@ class StudyResult:
     gap: GapResult
     separation: LayerCurve
     projected: LayerCurve
-    causal: CausalCheck
+    causal: CausalCheck | None
     held_out: list[dict[str, Any]]
     answers: pd.DataFrame | None
     rates: pd.DataFrame | None
@@ -175,14 +174,12 @@ def run_study(
         "train": train.prompts.summary(),
         "train_texts_sha256": [text_hash(text) for text in train.prompts.texts],
     }
-    awareness = awareness_directions(
-        train_plain.instruction[train.harmful], train_plain.instruction[~train.harmful], sites, facts
-    )
-    null_awareness = shuffled_unit_directions(
+    awareness = fit_awareness(train_plain, train.prompts, seed=config.seed, provenance=facts)
+    shuffled_awareness = shuffled_unit_directions(
         train_plain.instruction, train.harmful.long(), n=config.n_null, seed=config.seed
     )
     train_prompted = read(train, condition, "training prompts, prompted")
-    refusal, null_refusal = fit_refusal(
+    refusal, shuffled_refusal = fit_refusal(
         loaded,
         renderer,
         train.prompts,
@@ -232,24 +229,28 @@ def run_study(
         comparisons = _comparisons(answers)
         held_out = _held_out(answers, readings, refusal, shown, test.prompts)
         behaviour = _aware_and_complied(answers, readings, awareness, best, train_plain, train, test)
-    refusal = refusal.with_provenance(validated=causal.passed, causal_check=causal.to_dict(), held_out=held_out)
+    refusal = refusal.with_provenance(
+        validated=None if causal is None else causal.passed,
+        causal_check=None if causal is None else causal.to_dict(),
+        held_out=held_out,
+    )
     gap = measure_gap(
         readings,
         test.prompts,
         awareness,
         refusal,
-        shuffled=NullFit(null_awareness, null_refusal),
+        shuffled=NullFit(shuffled_awareness, shuffled_refusal),
         n_null=config.n_null,
         seed=config.seed,
     )
     separation = held_out_separation(
-        readings["plain"].instruction, test.harmful, awareness, shuffled=null_awareness, n_null=config.n_null
+        readings["plain"].instruction, test.harmful, awareness, shuffled=shuffled_awareness, n_null=config.n_null
     )
     projected = projected_shift(
         readings["plain"].prompt[test.harmful],
         readings["prompted"].prompt[test.harmful],
         refusal,
-        shuffled=null_refusal,
+        shuffled=shuffled_refusal,
         n_null=config.n_null,
         seed=config.seed,
     )
@@ -320,7 +321,9 @@ def _check(
     site: Site,
     validation: _Split,
     report: Reporter,
-) -> CausalCheck:
+) -> CausalCheck | None:
+    if bool(torch.isnan(refusal.separation[refusal.sites.index(site)])):
+        return None
     prompts = validation.prompts.harmful.sample(config.n_causal, seed=config.seed)
     plain = [renderer.render(prompt) for prompt in prompts]
     prompted = [renderer.render(prompt, condition) for prompt in prompts]
@@ -343,7 +346,9 @@ def _answers(
     tables = [
         run.table(
             f"answers_{arm.name}",
-            lambda arm=arm: answer(loaded, renderer, chosen, arm, settings, config.judge, report=report),  # type: ignore[misc]
+            lambda arm=arm: answer(
+                loaded, renderer, chosen, arm, settings, config.judge, report=report, task="test answers"
+            ),  # type: ignore[misc]
         )
         for arm in arms
     ]

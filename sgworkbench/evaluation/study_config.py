@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sgworkbench.errors import WorkbenchError, unknown_name
-from sgworkbench.evaluation.refusal_fit import RefusalSource
+from sgworkbench.evaluation.direction_fitting import RefusalSource
 from sgworkbench.prompting import PromptCondition
 
 

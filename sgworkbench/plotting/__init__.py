@@ -6,6 +6,7 @@ from sgworkbench.plotting.distributions import projection_distributions
 from sgworkbench.plotting.export import SavedFigure, figure_div, plotlyjs_script, save_figure
 from sgworkbench.plotting.layer_curves import layer_curves
 from sgworkbench.plotting.layout import retheme
+from sgworkbench.plotting.notebook import show
 from sgworkbench.plotting.rates import refusal_rates
 from sgworkbench.plotting.shift_map import shift_map
 from sgworkbench.plotting.theme import ARMS, BEHAVIOUR, CONTENT, ROLES, TEMPLATES
@@ -28,4 +29,5 @@ __all__ = [
     "role_tokens_html",
     "save_figure",
     "shift_map",
+    "show",
 ]

@@ -42,7 +42,10 @@ def align(first: RenderedPrompt, second: RenderedPrompt) -> Alignment:
         WorkbenchError: the renderings hold different instructions, or no token matches.
     """
     if first.prompt.text != second.prompt.text:
-        raise WorkbenchError("Only two renderings of the same instruction can be aligned; these differ.")
+        raise WorkbenchError(
+            "Only two renderings of the same instruction can be aligned; found "
+            f"{first.prompt.text[:40]!r} and {second.prompt.text[:40]!r}."
+        )
 
     def keyed(rendered: RenderedPrompt) -> dict[tuple[int, int, int, int], int]:
         keys: dict[tuple[int, int, int, int], int] = {}

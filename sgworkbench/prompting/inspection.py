@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import unicodedata
 from collections import Counter
 
 from rich.text import Text
@@ -25,8 +26,9 @@ ROLE_COLOURS: dict[Role, str] = {
 
 
 def visible(token: str) -> str:
-    """Return a token with line breaks and other control characters made visible."""
-    return token.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+    """Return a token with line breaks and other control characters made visible (and harmless to a terminal)."""
+    shown = token.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+    return "".join(f"\\x{ord(c):02x}" if unicodedata.category(c) == "Cc" else c for c in shown)
 
 
 def rendered_text(rendered: RenderedPrompt) -> Text:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -64,17 +65,21 @@ def load_prompts(
         name: name of the set; defaults to the file's stem.
 
     Raises:
-        WorkbenchError: missing file, unknown format, broken line (with its number), missing text field, empty set.
+        WorkbenchError: missing file, unknown format, broken line (with its number), missing text field, empty set,
+            unknown label.
     """
+    if label is not None and label not in LABELS:
+        raise unknown_name("label", str(label), LABELS)
     text_source = str(source)
     if text_source.startswith(BUILTIN_PREFIX):
         prompt_set = _builtin(text_source.removeprefix(BUILTIN_PREFIX))
-        return prompt_set.labelled(label) if label else prompt_set
+        prompt_set = prompt_set.labelled(label) if label else prompt_set
+        return replace(prompt_set, name=name or prompt_set.name)
     if text_source.startswith(HUB_PREFIX):
         rows = _hub_rows(text_source.removeprefix(HUB_PREFIX))
         stem = text_source.removeprefix(HUB_PREFIX)
     else:
-        path = Path(source)
+        path = Path(source).expanduser()
         if path.is_dir():
             raise WorkbenchError(f"Expected a prompt file, found the folder {text_source!r}.")
         if not path.is_file():
@@ -111,6 +116,11 @@ def _prompts_from_rows(rows: Iterable[Row], source: str, fields: dict[str, str],
     for ours in fields:
         if ours not in ("text", *_OPTIONAL_FIELDS):
             raise unknown_name("prompt field", ours, ("text", *_OPTIONAL_FIELDS))
+    rows = list(rows)
+    readable = {
+        ours: _in_our_words(rows, ours, allowed, source, fields)
+        for ours, allowed in (("label", LABELS), ("split", SPLITS))
+    }
     prompts: list[Prompt] = []
     ids: set[str] = set()
     for where, row in rows:
@@ -121,17 +131,9 @@ def _prompts_from_rows(rows: Iterable[Row], source: str, fields: dict[str, str],
             if ours in fields and theirs not in row:
                 found = ", ".join(map(str, row)) or "none"
                 raise WorkbenchError(f"{source!r}, {where}: no field {theirs!r} for {ours!r}; it has {found}.")
-            value = row.get(theirs)
-            if value is not None and str(value).strip() and str(value) != "nan":
-                values[ours] = str(value)
-        # Files number their rows in many ways; a split or label in other words is only an error when it was asked for.
-        for ours, allowed in (("label", LABELS), ("split", SPLITS)):
-            if ours in values and values[ours] not in allowed:
-                if ours in fields:
-                    raise WorkbenchError(
-                        f"{source!r}, {where}: {ours} must be one of {', '.join(allowed)}; found {values[ours]!r}."
-                    )
-                del values[ours]
+            value = _cell(row, theirs)
+            if value and readable.get(ours, True):
+                values[ours] = value
         if label:
             values["label"] = label
         prompt_id = values.pop("id", str(len(prompts)))
@@ -140,6 +142,28 @@ def _prompts_from_rows(rows: Iterable[Row], source: str, fields: dict[str, str],
         ids.add(prompt_id)
         prompts.append(Prompt(text, prompt_id, **values))  # type: ignore[arg-type]
     return prompts
+
+
+def _cell(row: Mapping[str, Any], field: str) -> str:
+    """Return a field as text; missing values in any of their forms are empty."""
+    value = row.get(field)
+    return "" if value is None or str(value).strip() in ("", "nan", "NaT", "<NA>") else str(value)
+
+
+def _in_our_words(
+    rows: Sequence[Row], ours: str, allowed: Sequence[str], source: str, fields: Mapping[str, str]
+) -> bool:
+    """Whether a label or split column speaks our language.
+
+    A column of that name in other words throughout (the ratings of some data set) is not ours to read. It is an error
+    when it was asked for by name, and when it mixes our words with others, which are then misspelt.
+    """
+    cells = [(where, _cell(row, fields.get(ours, ours))) for where, row in rows]
+    other = [(where, value) for where, value in cells if value and value not in allowed]
+    if other and (ours in fields or any(value in allowed for _, value in cells)):
+        where, value = other[0]
+        raise WorkbenchError(f"{source!r}, {where}: {ours} must be one of {', '.join(allowed)}; found {value!r}.")
+    return not other
 
 
 def _text_of(row: Mapping[str, Any], where: str, source: str, fields: dict[str, str]) -> str:
@@ -161,6 +185,8 @@ def _text_of(row: Mapping[str, Any], where: str, source: str, fields: dict[str, 
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise WorkbenchError(f"The prompt file {str(path)!r} cannot be read: {error.strerror or error}.") from None
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise WorkbenchError(f"{str(path)!r}, line {line}: not valid UTF-8; save the file as UTF-8.") from None
@@ -190,26 +216,33 @@ def _jsonl_rows(path: Path) -> Iterable[Row]:
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise WorkbenchError(f"{str(path)!r}, line {number}: broken JSON ({error.msg}).") from None
+        except (ValueError, RecursionError) as error:
+            raise WorkbenchError(f"{str(path)!r}, line {number}: broken JSON ({_reason(error)}).") from None
         yield f"line {number}", _as_row(value, path, f"line {number}")
 
 
 def _json_rows(path: Path) -> Iterable[Row]:
     try:
         value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise WorkbenchError(f"{str(path)!r}, line {error.lineno}: broken JSON ({error.msg}).") from None
+    except (ValueError, RecursionError) as error:
+        where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise WorkbenchError(f"{str(path)!r}{where}: broken JSON ({_reason(error)}).") from None
     return _rows_of_list(value, path)
+
+
+def _reason(error: Exception) -> str:
+    """Return a parser's own words on one line, without the place, which the caller knows."""
+    said = getattr(error, "msg", None) or getattr(error, "problem", None) or str(error)
+    return " ".join(str(said).split()).rstrip(".")
 
 
 def _yaml_rows(path: Path) -> Iterable[Row]:
     try:
         value = yaml.safe_load(_read_text(path))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise WorkbenchError(f"{str(path)!r}{where}: broken YAML ({getattr(error, 'problem', error)}).") from None
+        raise WorkbenchError(f"{str(path)!r}{where}: broken YAML ({_reason(error)}).") from None
     return _rows_of_list(value, path)
 
 
@@ -219,7 +252,10 @@ def _rows_of_list(value: Any, path: Path) -> Iterable[Row]:
         if len(lists) == 1:
             value = lists[0]
     if not isinstance(value, list):
-        raise WorkbenchError(f"{str(path)!r}: expected a list of prompts, found {type(value).__name__}.")
+        found = "nothing" if value is None else f"{type(value).__name__}"
+        raise WorkbenchError(
+            f"{str(path)!r}: expected a list of prompts (or an object that holds one list), found {found}."
+        )
     return [(f"item {n}", _as_row(item, path, f"item {n}")) for n, item in enumerate(value, start=1)]
 
 

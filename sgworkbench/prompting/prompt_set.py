@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -75,6 +76,7 @@ class PromptSet:
         """
         if isinstance(texts, str):
             raise WorkbenchError("Expected a list of prompts, found one string; put it into a list.")
+        require_type(texts, Iterable, "a list of prompts", "files are read with load_prompts(...)")
         prompts = []
         for index, text in enumerate(texts):
             require_type(text, str, f"text as prompt {index}", "give the instructions as strings")
@@ -133,27 +135,28 @@ class PromptSet:
         return PromptSet(self.name, tuple(replace(p, label=label) for p in self.prompts))
 
     def sample(self, count: int, *, seed: int = 0) -> PromptSet:
-        """Return `count` prompts chosen by a hash of seed and text, in their original order.
+        """Return `count` prompts chosen by a hash of seed and pair (or text), in their original order.
 
-        The choice is spread evenly over categories, and depends on neither the platform nor the set's order. When
-        prompts come in pairs, a set and its look-alikes sampled with one seed hold the same pairs.
+        The choice is spread evenly over categories, and depends on neither the platform nor the set's order. Pairs stay
+        together (an odd count splits one), and a set and its look-alikes sampled with one seed hold the same pairs.
         """
         if count >= len(self):
             return self
         if count < 1:
             raise WorkbenchError(f"A sample needs at least one prompt, found a request for {count}.")
-
-        def key(prompt: Prompt) -> str:
-            return hashlib.sha256(f"{seed}:{prompt.pair or prompt.text}".encode()).hexdigest()
-
+        units: dict[str, list[Prompt]] = {}
+        for prompt in sorted(self.prompts, key=lambda prompt: prompt.id):
+            units.setdefault(prompt.pair or prompt.text, []).append(prompt)
+        shuffled = sorted(units, key=lambda unit: hashlib.sha256(f"{seed}:{unit}".encode()).hexdigest())
         # Round robin over categories keeps a small sample as broad as the set it stands for.
-        by_category: dict[str, list[Prompt]] = {}
-        for prompt in sorted(self.prompts, key=lambda prompt: (key(prompt), prompt.id)):
-            by_category.setdefault(prompt.category, []).append(prompt)
-        ranked = sorted(
-            ((rank, key(prompt), prompt.id) for members in by_category.values() for rank, prompt in enumerate(members))
-        )
-        chosen = {prompt_id for _, _, prompt_id in ranked[:count]}
+        seen: Counter[str] = Counter()
+        ranked: list[tuple[int, str]] = []
+        for unit in shuffled:
+            category = units[unit][0].category
+            ranked.append((seen[category], unit))
+            seen[category] += 1
+        order = [prompt.id for _, unit in sorted(ranked, key=lambda item: item[0]) for prompt in units[unit]]
+        chosen = set(order[:count])
         return self._where(lambda p: p.id in chosen, f"sample of {count}")
 
     def with_split(self, *, train: float = 0.5, validation: float = 0.0, seed: int = 0) -> PromptSet:
@@ -177,8 +180,8 @@ class PromptSet:
         n_validation = max(1, round(validation * len(ordered))) if validation else 0
         if len(ordered) < n_train + n_validation + 1:
             raise WorkbenchError(
-                f"{self.name!r} has {len(ordered)} distinct prompts or pairs, too few to split into train, "
-                f"{'validation, ' if validation else ''}and test; at least {3 if validation else 2} are needed."
+                f"{self.name!r} has {len(ordered)} distinct prompts or pairs, too few to split into "
+                f"train{', validation' if validation else ''} and test; at least {3 if validation else 2} are needed."
             )
         assigned: dict[str, Split] = {}
         for rank, item in enumerate(ordered):
@@ -197,7 +200,9 @@ class PromptSet:
     def _where(self, keep: Callable[[Prompt], bool], what: str) -> PromptSet:
         kept = tuple(prompt for prompt in self.prompts if keep(prompt))
         if not kept:
-            labels, splits = (", ".join(sorted({getattr(p, part) for p in self.prompts})) for part in ("label", "split"))
+            labels, splits = (
+                ", ".join(sorted({getattr(p, part) for p in self.prompts})) for part in ("label", "split")
+            )
             raise WorkbenchError(
                 f"No prompt of {self.name!r} is marked {what}: its {len(self)} prompts are labelled {labels} and in "
                 f"split {splits}; use labelled(...) or with_split() if they should be."

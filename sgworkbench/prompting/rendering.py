@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from sgworkbench.errors import WorkbenchError
+from sgworkbench.errors import WorkbenchError, require_type
 from sgworkbench.prompting.condition import PromptCondition
 from sgworkbench.prompting.prompt_set import Prompt
 
@@ -26,8 +28,19 @@ PLAIN_TEXT_TEMPLATE = (
     "{{ bos_token if add_bos else '' }}"
     "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}{{ '\\n\\n' }}{% endif %}{% endfor %}"
 )
-# Templates that print today's date would give other tokens tomorrow; they get this date instead.
-PINNED_DATE = "26 Jul 2024"
+# Templates that print today's date would give other tokens tomorrow; they get this date, in the format they ask for.
+PINNED_DATE = date(2024, 7, 26)
+# Defined in the template's own language, because transformers turns functions given to a template into text. The line
+# break at the end is the one that Jinja drops after a block, so that the template itself starts on a fresh line.
+_DATE_MACRO = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('%{letter}', '{PINNED_DATE.strftime('%' + letter)}')" for letter in "aAbBdHIjmMpSyY")
+    + " }}{%- endmacro %}\n"
+)
+_NO_SYSTEM_ROLE = (
+    "The template seems to have no system role: use condition.with_system_in_user_turn() (--system-in-user)."
+)
+_OTHER_TEMPLATE = "give another template with chat_template=... (--chat-template FILE)"
 _SYSTEM_MARK = "SGWBSYSTEMSGWB"
 _USER_MARK = "SGWBUSERSGWB"
 
@@ -42,7 +55,8 @@ class RenderedPrompt:
         text: the whole rendered text.
         token_ids: one id per token, no padding.
         roles: one role per token.
-        offsets: half-open character range of each token in `text`.
+        offsets: half-open character range of each token in `text`; together the ranges cover the text without gaps,
+            and tokens of one multi-byte character share its range.
         instruction_start: character index in `text` at which the instruction's first character stands (or would
             stand, had the template not trimmed leading white space): the origin for aligning two conditions.
         header_end: number of tokens before the prefill; the token before it ends the generation header.
@@ -62,11 +76,12 @@ class RenderedPrompt:
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """The text each token covers; of several byte-level tokens that share a character, the first has it."""
+        """The text each token covers, which joined is `text`; of tokens that share a character, the first has it."""
         shown: list[str] = []
-        for index, (start, end) in enumerate(self.offsets):
-            repeated = index > 0 and self.offsets[index - 1] == (start, end)
-            shown.append("" if repeated else self.text[start:end])
+        covered = 0
+        for start, end in self.offsets:
+            shown.append(self.text[max(start, covered) : end])
+            covered = max(covered, end)
         return tuple(shown)
 
     @property
@@ -76,7 +91,10 @@ class RenderedPrompt:
 
     @property
     def last_header_position(self) -> int:
-        """Index of the last token of the generation header, before any prefill."""
+        """Index of the last token of the generation header, before any prefill.
+
+        A token that merges the end of the header with the start of the prefill counts as header.
+        """
         return self.header_end - 1
 
     def positions_of(self, *roles: Role) -> tuple[int, ...]:
@@ -109,6 +127,9 @@ class Renderer:
     thinking: bool | None = None
 
     def __post_init__(self) -> None:
+        require_type(
+            self.chat_template, (str, type(None)), "a chat template as Jinja text", "read it from its file first"
+        )
         if not getattr(self.tokenizer, "is_fast", False):
             raise WorkbenchError(
                 "Rendering needs character offsets, which only a fast tokenizer has; "
@@ -148,12 +169,20 @@ class Renderer:
         """Hash of the template's source, for manifests."""
         return hashlib.sha256(self.template.encode()).hexdigest()
 
-    @property
+    @cached_property
     def thinking_switch(self) -> str | None:
-        """Name of the template variable that turns reasoning on and off, or None."""
+        """Name of the template variable that turns reasoning on and off, or None.
+
+        A name that only occurs in the template's text is no switch: setting it must change the rendered prompt.
+        """
         for name in ("enable_thinking", "thinking"):
-            if re.search(rf"(?<!['\"\w]){name}(?![\w'\"])", self.template):
-                return name
+            if name in self.template:
+                try:
+                    on, off = (self._template_text(None, "a", {name: value}) for value in (True, False))
+                except Exception:  # a template is a program; rendering reports what is wrong with it
+                    return None
+                if on != off:
+                    return name
         return None
 
     def render(self, prompt: Prompt | str, condition: PromptCondition | None = None) -> RenderedPrompt:
@@ -165,7 +194,9 @@ class Renderer:
         """
         if isinstance(prompt, str):
             prompt = Prompt(prompt, "0")
-        condition = condition or PromptCondition.plain()
+        require_type(prompt, Prompt, "one prompt", "render the prompts of a list one by one")
+        condition = PromptCondition.plain() if condition is None else condition
+        require_type(condition, PromptCondition, "a PromptCondition", "presets are PromptCondition.preset(name)")
         if not prompt.text.strip():
             raise WorkbenchError("The prompt is empty; expected an instruction.")
         user = condition.prefix + prompt.text + condition.suffix
@@ -176,44 +207,50 @@ class Renderer:
         spans = _character_roles(len(text), len(header), system_span, user_span, origin, len(prompt.text))
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = tuple(encoding["input_ids"])
-        offsets = tuple((int(start), int(end)) for start, end in encoding["offset_mapping"])
+        offsets = _covering(encoding["offset_mapping"])
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == (bos, bos) and self.tokenizer.eos_token_id != bos:
             raise WorkbenchError("The rendered prompt starts with two BOS tokens; the chat template adds one too many.")
         roles = _token_roles(offsets, spans)
         if "instruction" not in roles:
-            raise WorkbenchError(f"No token of the rendered prompt belongs to the instruction {prompt.text[:40]!r}.")
+            raise WorkbenchError(
+                f"No token of the rendered prompt belongs to the instruction {prompt.text[:40]!r}: the tokenizer "
+                f"merges it with what condition {condition.name!r} puts around it; separate them by a space."
+            )
         header_end = next((i for i, (start, _) in enumerate(offsets) if start >= len(header)), len(ids))
         return RenderedPrompt(prompt, condition, text, ids, roles, offsets, origin, header_end)
 
     def _apply_template(self, system: str | None, user: str) -> str:
+        switch = self.thinking_switch
+        options = {} if self.thinking is None or switch is None else {switch: self.thinking}
+        try:
+            return self._template_text(system, user, options)
+        except Exception as error:  # a template is a program: it may raise anything
+            reason = " ".join(str(error).split()).rstrip(".")
+            advice = f" {_NO_SYSTEM_ROLE}" if system is not None and self._renders_without_system(user) else ""
+            raise WorkbenchError(f"The chat template failed: {reason}.{advice}") from None
+
+    def _renders_without_system(self, user: str) -> bool:
+        try:
+            self._template_text(None, user, {})
+        except Exception:  # as above; the first failure is the one to report
+            return False
+        return True
+
+    def _template_text(self, system: str | None, user: str, options: dict[str, Any]) -> str:
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": user})
-        options: dict[str, Any] = {"strftime_now": lambda _format: PINNED_DATE}
         if self.template == PLAIN_TEXT_TEMPLATE:
+            options = dict(options)
             options["add_bos"] = self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
-        switch = self.thinking_switch
-        if self.thinking is not None and switch is not None:
-            options[switch] = self.thinking
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages,
-                    chat_template=self.template,
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    **options,
-                )
-            )
-        except Exception as error:  # a template is a program: it may raise anything
-            reason = " ".join(str(error).split())
-            advice = (
-                " The template seems to have no system role: use condition.with_system_in_user_turn()"
-                " (--system-in-user)."
-                if system is not None and "system" in reason.lower()
-                else ""
-            )
-            raise WorkbenchError(f"The chat template failed: {reason}.{advice}") from None
+        rendered = self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=(_DATE_MACRO if "strftime_now" in self.template else "") + self.template,
+            tokenize=False,
+            add_generation_prompt=True,
+            **options,
+        )
+        return str(rendered)
 
     def _locate(
         self, system: str | None, user: str, header: str
@@ -226,11 +263,12 @@ class Renderer:
         marks = [_USER_MARK] if system is None else [_SYSTEM_MARK, _USER_MARK]
         for mark in marks:
             if skeleton.count(mark) != 1:
+                times = skeleton.count(mark)
+                if mark == _SYSTEM_MARK and times == 0:
+                    raise WorkbenchError(f"The chat template drops the system message. {_NO_SYSTEM_ROLE}")
                 what = "instruction" if mark == _USER_MARK else "system message"
-                raise WorkbenchError(
-                    f"The chat template writes the {what} {skeleton.count(mark)} times instead of once; "
-                    "give another template with chat_template=... (--chat-template FILE)."
-                )
+                how = f"writes the {what} {times} times" if times else f"drops or rewrites the {what}"
+                raise WorkbenchError(f"The chat template {how}, expected it once and unchanged; {_OTHER_TEMPLATE}.")
         if system is not None and skeleton.index(_SYSTEM_MARK) > skeleton.index(_USER_MARK):
             raise WorkbenchError(
                 "The chat template puts the system message after the user turn, which is not supported."
@@ -252,8 +290,7 @@ class Renderer:
                     trimmed = 0
                 return system_span, (cursor, cursor + len(user_text)), trimmed
         raise WorkbenchError(
-            "The chat template drops or rewrites a part of the instruction or system message; "
-            "give another template with chat_template=... (--chat-template FILE)."
+            f"The chat template drops or rewrites a part of the instruction or system message; {_OTHER_TEMPLATE}."
         )
 
     def _prefill(self, condition: PromptCondition, header: str) -> str:
@@ -266,9 +303,10 @@ class Renderer:
                 "use thinking=True."
             )
         # Templates of some reasoning models open the reasoning themselves; two openings would be another prompt.
-        for opening in ("<think>\n", "<think>"):
-            if header.endswith(opening):
-                return prefill.removeprefix("<think>").removeprefix("\n" if opening.endswith("\n") else "")
+        opened = header.rstrip()
+        if opened.endswith("<think>"):
+            inside = prefill.removeprefix("<think>")
+            return inside if opened == header else inside.lstrip("\n")
         return prefill
 
 
@@ -276,6 +314,19 @@ def _trimmings(text: str | None) -> list[str]:
     if text is None:
         return [""]
     return list(dict.fromkeys((text, text.strip(), text.rstrip(), text.lstrip())))
+
+
+def _covering(offsets: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    """Return the tokenizer's character ranges without gaps: each token also has the characters left out before it.
+
+    Some tokenizers report a token without its leading space, and a token of spaces as empty.
+    """
+    covered = 0
+    ranges = []
+    for start, end in offsets:
+        ranges.append((min(int(start), covered), max(int(end), min(int(start), covered))))
+        covered = max(covered, int(end))
+    return tuple(ranges)
 
 
 def _character_roles(
@@ -308,14 +359,17 @@ def _character_roles(
 
 
 def _token_roles(offsets: tuple[tuple[int, int], ...], spans: list[tuple[int, int, Role]]) -> tuple[Role, ...]:
-    """Give each token the role that holds most of its characters; an empty token follows its predecessor."""
+    """Give each token the role that holds most of its characters, the instruction in a tie.
+
+    A tie is usually a short word of the instruction with the space before it. An empty token follows its predecessor.
+    """
     roles: list[Role] = []
     for start, end in offsets:
         best: Role = roles[-1] if roles else "template"
         most = 0
         for span_start, span_end, role in spans:
             overlap = min(end, span_end) - max(start, span_start)
-            if overlap > most:
+            if overlap > most or (overlap == most > 0 and role == "instruction"):
                 best, most = role, overlap
         roles.append(best)
     return tuple(roles)

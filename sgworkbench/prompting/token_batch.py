@@ -75,7 +75,12 @@ def pad_prompts(
         device: where the tensors go.
         rows: index of each prompt in the caller's list; counted from 0 when omitted.
         pad_id: id written at pads.
+
+    Raises:
+        WorkbenchError: no prompts.
     """
+    if not rendered:
+        raise WorkbenchError("No prompts were given; at least one is needed.")
     length = max(len(item) for item in rendered)
     ids = torch.full((len(rendered), length), pad_id, dtype=torch.long)
     positions = torch.full((len(rendered), length), PAD, dtype=torch.long)

@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 import plotly.graph_objects as go
+import torch
 
 from sgworkbench.analysis.site import Site
 from sgworkbench.evaluation.study import StudyResult
@@ -93,6 +94,9 @@ def _figures(result: StudyResult) -> dict[str, tuple[go.Figure, pd.DataFrame]]:
     at_layer = gap_table[(gap_table["layer"] == aware) & (gap_table["arm"] == "plain")]
     first = result.shift_map.table["prompt_id"].iloc[0]
     one = result.shift_map.table[result.shift_map.table["prompt_id"] == first]
+    # A direction that does not put its classes in order has no separation units; its shift is shown raw.
+    ordered = bool(torch.isfinite(result.gap.refusal.separation).any())
+    unit = "separation_units" if ordered else "raw"
     figures = {
         "awareness_auroc": (
             curve_figure(result.separation, kind, "Held-out separation of harmful and harmless instructions"),
@@ -100,21 +104,20 @@ def _figures(result: StudyResult) -> dict[str, tuple[go.Figure, pd.DataFrame]]:
         ),
         "awareness_distribution": (projection_distribution_figure(result.gap, aware), at_layer),
         "shift_norm": (shift_norm_figure(result.shift), result.shift.to_dataframe()),
-        "shift_projection": (
-            curve_figure(
-                result.projected,
-                kind,
-                "Safety shift along the refusal direction, last prompt token",
-                subtitle=f"<br>{result.gap.refusal.describe()}",
-            ),
-            result.projected.table,
-        ),
-        "shift_map_mean": (shift_map_figure(result.shift_map), result.shift_map.table),
-        "shift_map_prompt": (shift_map_figure(result.shift_map, first), one),
-        "gap_by_layer": (gap_figure(result.gap), result.gap.summary("gap")),
+        "shift_map_mean": (shift_map_figure(result.shift_map, None, unit), result.shift_map.table),
+        "shift_map_prompt": (shift_map_figure(result.shift_map, first, unit), one),
         "awareness_by_layer": (gap_figure(result.gap, "awareness"), result.gap.summary("awareness")),
-        "refusal_by_layer": (gap_figure(result.gap, "refusal"), result.gap.summary("refusal")),
     }
+    if ordered:
+        title = "Safety shift along the refusal direction, last prompt token"
+        source = f"<br>{result.gap.refusal.describe()}"
+        unseparated = result.gap.unseparated_layers("refusal")
+        figures["shift_projection"] = (
+            curve_figure(result.projected, kind, title, subtitle=source, unseparated=unseparated),
+            result.projected.table,
+        )
+        for name, quantity in (("gap_by_layer", "gap"), ("refusal_by_layer", "refusal")):
+            figures[name] = (gap_figure(result.gap, quantity), result.gap.summary(quantity))  # type: ignore[arg-type]
     if result.rates is not None:
         figures["refusal_rates"] = (rates_figure(result.rates, result.config.judge, _write_sites(result)), result.rates)
     return figures
@@ -132,6 +135,8 @@ def _page(result: StudyResult, figures: dict[str, go.Figure]) -> str:
     refusal_shown = refusal_shift[refusal_shift["layer"] == shown].set_index("arm")
     doses = result.vector.doses(result.config.alpha).set_index("layer").loc[list(result.layers)]
     first = str(result.shift_map.table["prompt_id"].iloc[0])
+    at = result.gap.refusal.sites.index(Site(shown))
+    unit = "separation_units" if torch.isfinite(result.gap.refusal.separation[at]) else "raw"
     page: str = template.render(
         plotlyjs=plotlyjs_script(),
         figures={name: figure_div(figure, follow_color_scheme=True, div_id=name) for name, figure in figures.items()},
@@ -143,7 +148,7 @@ def _page(result: StudyResult, figures: dict[str, go.Figure]) -> str:
         gap_differences=at_shown.to_dict("index"),
         refusal_differences=refusal_shown.to_dict("index"),
         doses=doses.reset_index().to_dict("records"),
-        tokens=shift_tokens_html(result.shift_map, first, shown),
+        tokens=shift_tokens_html(result.shift_map, first, shown, unit),
         rates=[] if result.rates is None else result.rates.to_dict("records"),
         comparisons=[] if result.comparisons is None else result.comparisons.to_dict("records"),
         behaviour=[] if result.behaviour is None else result.behaviour.to_dict("records"),

@@ -1,9 +1,29 @@
 """Steering vectors and operators, applied through hook points, and generation under them."""
 
+from sgworkbench.steering.conditional import awareness_gated
+from sgworkbench.steering.dose import KlCalibration, alpha_for_fraction, alpha_for_kl, dose_table, mean_first_token_kl
+from sgworkbench.steering.gate import Condition, FittedThreshold, Gate, fit_threshold
 from sgworkbench.steering.generation import Generation, GenerationSettings, generate
 from sgworkbench.steering.hooks import Intervention, steering
-from sgworkbench.steering.operators import OPERATORS, Ablate, Add, Operator
+from sgworkbench.steering.layers import choose_layers, choose_sites
+from sgworkbench.steering.operators import (
+    OPERATORS,
+    Ablate,
+    Add,
+    AddPreservingNorm,
+    AffineConceptEdit,
+    Clamp,
+    NullSpace,
+    NullSpaceFit,
+    Operator,
+    Rotate,
+    fit_null_space,
+    get_operator,
+    moments_of,
+    register_operator,
+)
 from sgworkbench.steering.selector import Selector
+from sgworkbench.steering.trace import Trace, join_traces, trace_generation
 from sgworkbench.steering.vector import PROTOCOLS, SteeringVector
 
 __all__ = [
@@ -11,12 +31,37 @@ __all__ = [
     "PROTOCOLS",
     "Ablate",
     "Add",
+    "AddPreservingNorm",
+    "AffineConceptEdit",
+    "Clamp",
+    "Condition",
+    "FittedThreshold",
+    "Gate",
     "Generation",
     "GenerationSettings",
     "Intervention",
+    "KlCalibration",
+    "NullSpace",
+    "NullSpaceFit",
     "Operator",
+    "Rotate",
     "Selector",
     "SteeringVector",
+    "Trace",
+    "alpha_for_fraction",
+    "alpha_for_kl",
+    "awareness_gated",
+    "choose_layers",
+    "choose_sites",
+    "dose_table",
+    "fit_null_space",
+    "fit_threshold",
     "generate",
+    "get_operator",
+    "join_traces",
+    "mean_first_token_kl",
+    "moments_of",
+    "register_operator",
     "steering",
+    "trace_generation",
 ]

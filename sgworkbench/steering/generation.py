@@ -16,10 +16,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sgworkbench.analysis.shared_prefix import run_shared_prefix
 from sgworkbench.errors import WorkbenchError
 from sgworkbench.models import LoadedModel
 from sgworkbench.models.end_tokens import end_token_ids
-from sgworkbench.models.kv_cache import PreallocatedCache
+from sgworkbench.models.engine import run_blocks
+from sgworkbench.models.kv_cache import PreallocatedCache, surviving_rows
 from sgworkbench.progress import Reporter, silent
 from sgworkbench.prompting.rendering import RenderedPrompt
 from sgworkbench.prompting.token_batch import (
@@ -30,9 +32,6 @@ from sgworkbench.prompting.token_batch import (
     pad_prompts,
     role_index,
 )
-
-# Finished rows are dropped in groups of this share of the batch: dropping copies the cache once.
-_DROP_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -145,11 +144,11 @@ def _decode_batch(
         if len(done) == len(active) or step == settings.max_new_tokens - 1:
             break
         batch = _next_step(batch, chosen)
-        if len(done) * _DROP_SHARE >= len(active):
-            kept = torch.tensor([local for local in range(len(active)) if local not in set(done)], device=device)
-            active = [active[local] for local in kept.tolist()]
+        if done:
+            kept = surviving_rows(len(active), done)
+            active = [active[local] for local in kept]
             cache.keep_rows(kept)
-            batch = _keep_rows(batch, kept)
+            batch = _keep_rows(batch, torch.tensor(kept, device=device))
         logits = next_token_logits(loaded, batch, cache)
     return [(tuple(ids), end) for ids, end in zip(written, finished, strict=True)]
 
@@ -157,16 +156,25 @@ def _decode_batch(
 def next_token_logits(
     loaded: LoadedModel, batch: TokenBatch, cache: PreallocatedCache | None = None
 ) -> Float[Tensor, "batch d_vocab"]:
-    """Return the logits after the last column of a left-padded batch; only that column is unembedded."""
-    model = loaded.model
+    """Return the logits after the last column of a left-padded batch; only that column is unembedded.
+
+    Args:
+        loaded: the model, with or without active steering.
+        batch: prompts, or one decoded token per row.
+        cache: columns before the batch; those of the batch are added to it.
+    """
+    earlier = cache
+    if batch.phase == "prefill" and (cache is None or cache.previous_attention_mask.shape[1] == 0):
+        prefix = run_shared_prefix(loaded, batch)
+        if prefix is not None:
+            batch = prefix.rest(batch)
+            earlier = prefix.cache
+            if cache is not None:
+                cache.start_with(prefix.cache)
+                earlier = cache
+    mask = batch.is_real.long() if earlier is None else earlier.whole_mask(batch.is_real)
     with announced_batch(batch):
-        stream = model(
-            batch.token_ids,
-            attention_mask=batch.is_real.long(),
-            past_kv_cache=cache,
-            stop_at_layer=loaded.identity.n_layers,
-            prepend_bos=False,
-        )
+        stream = run_blocks(loaded, batch.token_ids, attention_mask=mask, cache=earlier)
         return unembed(loaded, stream[:, -1:])[:, 0]
 
 

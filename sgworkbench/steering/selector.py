@@ -9,12 +9,14 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from sgworkbench.errors import WorkbenchError, unknown_name
+from sgworkbench.errors import WorkbenchError, require_type, unknown_name
 from sgworkbench.prompting.rendering import ROLES, Role
 from sgworkbench.prompting.token_batch import Phase, TokenBatch, role_index
 
 TokenChoice = Literal["all", "instruction", "from_last_prompt", "generated", "roles", "positions"]
 TOKEN_CHOICES: tuple[TokenChoice, ...] = get_args(TokenChoice)
+GENERATED_ROLES: frozenset[Role] = frozenset({"reasoning", "answer"})
+"""Roles that only tokens written by the model have."""
 
 
 @dataclass(frozen=True)
@@ -35,27 +37,32 @@ class Selector:
     phases: tuple[Phase, ...] = ("prefill", "decode")
 
     def __post_init__(self) -> None:
+        for name, example in (("roles", "('answer',)"), ("positions", "(0, 1)"), ("phases", "('prefill',)")):
+            value = getattr(self, name)
+            require_type(value, tuple, f"{name} as a tuple", f"write {name}={example}")
         if self.tokens not in TOKEN_CHOICES:
-            raise unknown_name("token selector", self.tokens, TOKEN_CHOICES)
+            raise unknown_name("token selector", str(self.tokens), TOKEN_CHOICES)
         if not self.phases:
             raise WorkbenchError("A selector needs at least one phase: prefill, decode or both.")
         for phase in self.phases:
             if phase not in ("prefill", "decode"):
-                raise unknown_name("phase", phase, ("prefill", "decode"))
+                raise unknown_name("phase", str(phase), ("prefill", "decode"))
         for role in self.roles:
             if role not in ROLES:
-                raise unknown_name("role", role, ROLES)
+                raise unknown_name("role", str(role), ROLES)
+        for position in self.positions:
+            if isinstance(position, bool) or not isinstance(position, int) or position < 0:
+                raise WorkbenchError(f"Absolute positions are whole numbers from 0 on, found {position!r}.")
         for field, needed in (("roles", self.tokens == "roles"), ("positions", self.tokens == "positions")):
             if needed != bool(getattr(self, field)):
                 problem = "needs" if needed else "cannot have"
                 raise WorkbenchError(f"A selector with tokens={self.tokens!r} {problem} {field}.")
-        if self.tokens == "generated" and self.phases == ("prefill",):
+        phase_of = _phase_of(self)
+        if phase_of is not None and phase_of not in self.phases:
+            chosen = f"tokens={self.tokens!r}" + (f" with roles={self.roles!r}" if self.roles else "")
             raise WorkbenchError(
-                "tokens='generated' and phases=('prefill',) contradict each other: nothing is selected."
-            )
-        if self.tokens == "instruction" and self.phases == ("decode",):
-            raise WorkbenchError(
-                "tokens='instruction' and phases=('decode',) contradict each other: nothing is selected."
+                f"{chosen} and phases={self.phases!r} contradict each other: these tokens occur only in {phase_of}, so "
+                "nothing is selected."
             )
 
     @property
@@ -90,3 +97,13 @@ class Selector:
         roles = ("instruction",) if self.tokens == "instruction" else self.roles
         indices = torch.tensor([role_index(role) for role in roles], device=batch.roles.device)
         return torch.isin(batch.roles, indices)
+
+
+def _phase_of(selector: Selector) -> Phase | None:
+    """Return the only phase in which the chosen tokens occur, or None when they occur in both or it is not known."""
+    if selector.tokens == "generated":
+        return "decode"
+    roles = {"instruction"} if selector.tokens == "instruction" else set(selector.roles)
+    if not roles or not (roles <= GENERATED_ROLES or roles.isdisjoint(GENERATED_ROLES)):
+        return None
+    return "decode" if roles <= GENERATED_ROLES else "prefill"

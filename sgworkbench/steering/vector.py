@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,11 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgworkbench.analysis.shift import SafetyShift
-from sgworkbench.analysis.site import SITE_KINDS, Site, SiteKind, parse_layers
+from sgworkbench.analysis.site import SITE_KINDS, Site, SiteKind
 from sgworkbench.errors import WorkbenchError, unknown_name
 from sgworkbench.models import LoadedModel
 from sgworkbench.steering.hooks import Intervention
-from sgworkbench.steering.operators import Add
+from sgworkbench.steering.layers import LayerChoice, choose_layers
+from sgworkbench.steering.operators import Add, Coefficient
 from sgworkbench.steering.selector import Selector
 from sgworkbench.tensor_files import read_tensors, write_tensors
 
@@ -111,29 +112,21 @@ class SteeringVector:
             raise WorkbenchError(f"The steering vector has no layer {layer}; it has {_ranges(self.layers)}.")
         return self.values[self.layers.index(layer)]
 
-    def intervention(
-        self, layers: int | str | Iterable[int], alpha: float, selector: Selector | None = None
-    ) -> Intervention:
+    def intervention(self, layers: LayerChoice, alpha: Coefficient, selector: Selector | None = None) -> Intervention:
         """Return the additive intervention alpha v_l at the chosen layers.
 
         Args:
-            layers: one layer, several, or text such as `10-14,20`.
-            alpha: raw coefficient, the same at every layer.
+            layers: one layer, several, a range, a share of depth such as 0.5, or text such as `10-14,20` or `50%`.
+            alpha: raw coefficient, the same at every layer; one number, or a tensor with one per prompt.
             selector: which tokens; all of them by default, prompt and answer, as in the published method.
 
         Raises:
             WorkbenchError: a layer without a vector, no layer, or an alpha that is not finite.
         """
-        if isinstance(layers, str):
-            chosen: tuple[int, ...] = parse_layers(layers, max(self.layers) + 1)
-        else:
-            chosen = (layers,) if isinstance(layers, int) else tuple(layers)
-        if not chosen:
-            raise WorkbenchError("Steering needs at least one layer.")
-        if not torch.isfinite(torch.tensor(float(alpha))):
-            raise WorkbenchError(f"The steering coefficient must be a finite number, found {alpha}.")
+        known = (self.provenance.get("model") or {}).get("n_layers")
+        chosen = choose_layers(layers, max(self.layers) + 1 if known is None else int(known))
         vectors = {self.write_site(layer): self.at(layer) for layer in chosen}
-        return Intervention(Add(vectors, float(alpha)), selector or Selector())
+        return Intervention(Add(vectors, alpha), selector or Selector())
 
     def random_like(self, *, seed: int = 0) -> SteeringVector:
         """Return random vectors of equal norm per layer: the control that says whether the direction matters."""

@@ -6,38 +6,38 @@ Caveat: ablating at one site only leaves later blocks free to write the directio
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sgworkbench.analysis.site import Site
-from sgworkbench.steering.operators.base import Operator
+from sgworkbench.steering.operators.base import Operator, checked_directions, projection
+from sgworkbench.steering.operators.registry import register_operator
 
 
+@register_operator
 @dataclass(frozen=True)
 class Ablate(Operator):
-    """Remove the component along a unit direction at each site.
+    """Remove the component along a direction at each site.
 
     Attributes:
-        directions: unit direction per site.
+        directions: direction per site; scaled to unit length here.
     """
 
     name = "ablate"
     directions: dict[Site, Float[Tensor, "d_model"]]
 
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """Where the operator acts."""
-        return tuple(sorted(self.directions))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "directions", checked_directions(self.name, self.directions))
 
     @property
-    def d_model(self) -> int:
-        """Width of the residual stream it was made for."""
-        return next(iter(self.directions.values())).shape[-1]
+    def by_site(self) -> Mapping[Site, Float[Tensor, "d_model"]]:
+        """The unit directions."""
+        return self.directions
 
     def change(self, stream: Float[Tensor, "batch pos d_model"], site: Site) -> Float[Tensor, "#batch #pos d_model"]:
         """Return -r (r . h)."""
-        unit = self.directions[site].to(stream)
-        return -torch.einsum("bpd,d->bp", stream, unit)[..., None] * unit
+        unit = self.directions[site].to(stream.device)
+        return (-projection(stream, unit) * unit).to(stream.dtype)

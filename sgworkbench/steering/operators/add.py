@@ -7,38 +7,52 @@ Caveat: the norm of v_l grows with depth, so one raw alpha is another dose at ev
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
 from sgworkbench.analysis.site import Site
-from sgworkbench.steering.operators.base import Operator
+from sgworkbench.steering.operators.base import (
+    Coefficient,
+    Operator,
+    checked_coefficient,
+    checked_vectors,
+    count_prompts,
+    per_row,
+)
+from sgworkbench.steering.operators.registry import register_operator
 
 
+@register_operator
 @dataclass(frozen=True)
 class Add(Operator):
     """Add a fixed vector at each site.
 
     Attributes:
         vectors: vector per site, not yet scaled.
-        coefficient: alpha, the same at every site.
+        coefficient: alpha, the same at every site; one number, or one per prompt.
     """
 
     name = "add"
     vectors: dict[Site, Float[Tensor, "d_model"]]
-    coefficient: float
+    coefficient: Coefficient
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "vectors", checked_vectors(self.name, self.vectors))
+        object.__setattr__(self, "coefficient", checked_coefficient(self.name, self.coefficient))
 
     @property
-    def sites(self) -> tuple[Site, ...]:
-        """Where the operator acts."""
-        return tuple(sorted(self.vectors))
+    def by_site(self) -> Mapping[Site, Float[Tensor, "d_model"]]:
+        """The vectors."""
+        return self.vectors
 
     @property
-    def d_model(self) -> int:
-        """Width of the residual stream it was made for."""
-        return next(iter(self.vectors.values())).shape[-1]
+    def n_prompts(self) -> int | None:
+        """How many prompts it holds a coefficient each for."""
+        return count_prompts(self.coefficient)
 
     def change(self, stream: Float[Tensor, "batch pos d_model"], site: Site) -> Float[Tensor, "#batch #pos d_model"]:
         """Return alpha v_l."""
-        return (self.coefficient * self.vectors[site]).to(stream)[None, None]
+        return (per_row(self.coefficient) * self.vectors[site].to(stream.device)[None, None]).to(stream.dtype)

@@ -3,33 +3,169 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, TypeAlias
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgworkbench.analysis.directions import Directions
 from sgworkbench.analysis.site import Site
+from sgworkbench.errors import WorkbenchError
+from sgworkbench.prompting.token_batch import current_batch
+
+Coefficient: TypeAlias = float | Float[Tensor, "prompt"]
+"""One number for all prompts, or one per prompt of the call, in the order of the prompts."""
 
 
 class Operator(ABC):
     """A change of the residual stream, with its tensors already in place.
 
     Subclasses are frozen dataclasses in a file of their own that opens with formula, source and caveat. They name
-    themselves with `name`, which is the key under which `OPERATORS` lists them.
+    themselves with `name` and enter `OPERATORS` with the decorator `register_operator`.
     """
 
     name: ClassVar[str]
 
     @property
     @abstractmethod
-    def sites(self) -> tuple[Site, ...]:
-        """Where the operator acts."""
+    def by_site(self) -> Mapping[Site, Float[Tensor, "d_model"]]:
+        """A tensor per site, from which `sites` and `d_model` follow."""
 
     @property
-    @abstractmethod
+    def sites(self) -> tuple[Site, ...]:
+        """Where the operator acts, in the order of the forward pass."""
+        return tuple(sorted(self.by_site))
+
+    @property
     def d_model(self) -> int:
         """Width of the residual stream it was made for."""
+        return int(next(iter(self.by_site.values())).shape[-1])
+
+    @property
+    def n_prompts(self) -> int | None:
+        """How many prompts it holds a coefficient each for; None when it treats all prompts alike."""
+        return None
 
     @abstractmethod
     def change(self, stream: Float[Tensor, "batch pos d_model"], site: Site) -> Float[Tensor, "#batch #pos d_model"]:
         """Return what is to be added to the residual stream at `site`."""
+
+
+def checked_vectors(name: str, vectors: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
+    """Return a copy of the vectors per site.
+
+    Raises:
+        WorkbenchError: no site, a vector that is not one-dimensional, is zero or is not finite, or vectors of
+            different widths.
+    """
+    if not vectors:
+        raise WorkbenchError(f"The operator {name!r} needs a vector for at least one site; found none.")
+    width = next(iter(vectors.values())).shape[-1]
+    for site, vector in vectors.items():
+        if vector.dim() != 1 or vector.shape[-1] != width:
+            raise WorkbenchError(
+                f"The operator {name!r} needs one vector of length d_model per site, all of one length; found the "
+                f"shape {list(vector.shape)} at {site}."
+            )
+        if not torch.isfinite(vector).all():
+            raise WorkbenchError(f"The direction of {name!r} at {site} holds NaN or infinite values; fit it again.")
+        if not vector.any():
+            raise WorkbenchError(
+                f"The direction of {name!r} at {site} is zero, so there is nothing to act along; leave the site out "
+                "(a fitted direction is zero where its classes do not differ)."
+            )
+    return dict(vectors)
+
+
+def checked_directions(name: str, directions: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
+    """Return the directions per site, scaled to unit length.
+
+    Raises:
+        WorkbenchError: as `checked_vectors`.
+    """
+    unit = {}
+    for site, vector in checked_vectors(name, directions).items():
+        wide = vector.double()
+        unit[site] = (wide / wide.norm()).to(vector.dtype)
+    return unit
+
+
+def checked_coefficient(name: str, value: Coefficient) -> Coefficient:
+    """Return a coefficient.
+
+    Raises:
+        WorkbenchError: not finite, or a tensor with other axes than one per prompt.
+    """
+    if isinstance(value, Tensor):
+        if value.dim() != 1 or len(value) == 0:
+            raise WorkbenchError(
+                f"Coefficients per prompt of {name!r} form a tensor with one axis, one entry per prompt; found the "
+                f"shape {list(value.shape)}."
+            )
+        if not torch.isfinite(value).all():
+            raise WorkbenchError(f"The coefficients per prompt of {name!r} hold NaN or infinite values.")
+        return value
+    if not torch.isfinite(torch.tensor(float(value))):
+        raise WorkbenchError(f"The coefficient of {name!r} must be a finite number, found {value}.")
+    return float(value)
+
+
+def count_prompts(*values: Coefficient) -> int | None:
+    """Return how many prompts the coefficients are for; None when every one is a single number.
+
+    Raises:
+        WorkbenchError: two tensors of different length.
+    """
+    lengths = sorted({len(value) for value in values if isinstance(value, Tensor)})
+    if len(lengths) > 1:
+        raise WorkbenchError(f"Coefficients per prompt must have one length, found {lengths}.")
+    return lengths[0] if lengths else None
+
+
+def per_row(value: Coefficient) -> float | Float[Tensor, "batch 1 1"]:
+    """Return a coefficient so that it multiplies a residual stream: each row of the batch gets its prompt's own.
+
+    Raises:
+        WorkbenchError: coefficients per prompt in a forward pass that this package did not make.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    batch = current_batch()
+    if batch is None:
+        raise WorkbenchError(
+            "Coefficients per prompt need to know which prompt stands in which row; run the model through capture or "
+            "generate, or use a single coefficient."
+        )
+    return value.to(batch.rows.device)[batch.rows][:, None, None]
+
+
+def widened(stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    """Return the stream in float32 or wider: norms and projections of bfloat16 sums lose most of their digits."""
+    return stream if stream.dtype in (torch.float32, torch.float64) else stream.float()
+
+
+def projection(
+    stream: Float[Tensor, "batch pos d_model"], unit: Float[Tensor, "d_model"]
+) -> Float[Tensor, "batch pos 1"]:
+    """Return u . h of every token, in float32 or wider."""
+    wide = widened(stream)
+    return (wide @ unit.to(wide))[..., None]
+
+
+def fitted_at(directions: Directions, site: Site) -> tuple[Float[Tensor, "d_model"], float, float]:
+    """Return unit direction, raw projection of the class mean called 0, and distance of the class means, at a site.
+
+    Raises:
+        WorkbenchError: no direction at the site, or one whose classes do not differ there.
+    """
+    unit = directions.at(site)
+    index = directions.sites.index(site)
+    zero, separation = float(directions.zero[index]), float(directions.separation[index])
+    if not (torch.isfinite(unit).all() and unit.any() and separation == separation and separation != 0.0):
+        raise WorkbenchError(
+            f"There is no fitted {directions.concept} direction at {site}: its classes do not differ there; choose "
+            "another site."
+        )
+    return unit, zero, separation

@@ -1,4 +1,4 @@
-"""Fitting refusal directions from the model's own answers, or from a source chosen by name."""
+"""Fitting awareness directions, and refusal directions from the model's own answers, with their cross-validation."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from sgworkbench.analysis import (
     Directions,
     Readings,
+    awareness_directions,
     content_directions,
     refusal_directions,
     unembedding_directions,
 )
 from sgworkbench.analysis.gap import strata_index
 from sgworkbench.analysis.nulls import shuffled_unit_directions
+from sgworkbench.analysis.separation import cross_validated_auroc
 from sgworkbench.evaluation.behaviour import ArmSpec, answer
 from sgworkbench.evaluation.refusal_score import COMPLIANCE_OPENINGS, REFUSAL_OPENINGS, first_tokens
 from sgworkbench.models import LoadedModel
@@ -27,6 +30,27 @@ from sgworkbench.runs import RunDirectory
 from sgworkbench.steering import GenerationSettings
 
 RefusalSource = Literal["judged", "content", "unembedding"]
+
+
+def fit_awareness(
+    plain: Readings, prompts: PromptSet, *, seed: int = 0, provenance: Mapping[str, Any] | None = None
+) -> Directions:
+    """Fit awareness directions on labelled training prompts, and cross-validate them.
+
+    Args:
+        plain: activations of the prompts in the plain condition.
+        prompts: harmful and harmless prompts, in the order of the activations.
+        seed: seed of the folds.
+        provenance: facts to record.
+
+    Raises:
+        WorkbenchError: one of the classes is empty.
+    """
+    harmful = torch.tensor([prompt.label == "harmful" for prompt in prompts])
+    directions = awareness_directions(
+        plain.instruction[harmful], plain.instruction[~harmful], plain.sites, dict(provenance or {})
+    )
+    return directions.with_separation(cross_validated_auroc(plain.instruction, harmful, pair_index(prompts), seed=seed))
 
 
 def fit_refusal(
@@ -79,7 +103,9 @@ def fit_refusal(
         null = shuffled_unit_directions(plain.prompt, harmful.long(), n=n_null, seed=seed + 1)
         one, zero = plain.prompt[harmful], plain.prompt[~harmful]
         if source == "content":
-            return content_directions(one, zero, plain.sites, facts), null
+            directions = content_directions(one, zero, plain.sites, facts)
+            area = cross_validated_auroc(plain.prompt, harmful, pair_index(prompts), seed=seed)
+            return directions.with_separation(area), null
         refusal, compliance = (first_tokens(loaded, openings) for openings in (REFUSAL_OPENINGS, COMPLIANCE_OPENINGS))
         weights = loaded.model.W_U
         means = (zero.mean(0), one.mean(0))
@@ -87,7 +113,7 @@ def fit_refusal(
     settings = GenerationSettings(max_new_tokens=max_new_tokens)
 
     def answers(arm: ArmSpec) -> Callable[[], pd.DataFrame]:
-        return lambda: answer(loaded, renderer, prompts, arm, settings, judge, report=report)
+        return lambda: answer(loaded, renderer, prompts, arm, settings, judge, report=report, task="training answers")
 
     arms = (ArmSpec("plain", PromptCondition.plain()), ArmSpec("prompted", condition))
     tables = [run.table(f"train_answers_{arm.name}", answers(arm)) if run else answers(arm)() for arm in arms]
@@ -99,7 +125,19 @@ def fit_refusal(
     content = torch.cat([harmful, harmful]).long()[known]
     facts |= {"judge": judge, "unjudged": int((~known).sum())}
     directions = refusal_directions(values, refused, which, content, plain.sites, provenance=facts)
+    # The null repeats the fit that was made: within strata, pooled, or on the content of the plain prompts.
     fit = directions.provenance["fit"]
-    label = content if fit == "content" else refused.long()
-    strata = strata_index(which, content) if fit == "stratified" else which
-    return directions, shuffled_unit_directions(values, label, n=n_null, strata=strata, seed=seed + 1)
+    used = which == 0 if fit == "content" else torch.ones_like(refused)
+    label = (content if fit == "content" else refused.long())[used]
+    strata = strata_index(which, content) if fit == "stratified" else None
+    null = shuffled_unit_directions(values[used], label, n=n_null, strata=strata, seed=seed + 1)
+    group = torch.cat([pair_index(prompts)] * 2)[known]
+    area = cross_validated_auroc(values[used], label.bool(), group[used], strata=strata, seed=seed)
+    return directions.with_separation(area), null
+
+
+def pair_index(prompts: PromptSet) -> Int[Tensor, "prompt"]:
+    """Return one number per prompt, the same for a harmful request and its look-alike."""
+    keys = [prompt.pair or prompt.id for prompt in prompts]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return torch.tensor([numbers[key] for key in keys])
