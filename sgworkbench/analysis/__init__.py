@@ -4,12 +4,10 @@ from sgworkbench.analysis.capture import Activations, Moments, capture, capture_
 from sgworkbench.analysis.directions import (
     Directions,
     awareness_directions,
-    content_directions,
     mean_difference_directions,
-    refusal_directions,
-    unembedding_directions,
 )
 from sgworkbench.analysis.gap import ARMS, GapResult, Readings, measure_gap, read_for_gap
+from sgworkbench.analysis.refusal import content_directions, refusal_directions, unembedding_directions
 from sgworkbench.analysis.shift import SafetyShift, ShiftMap, safety_shift, shift_map
 from sgworkbench.analysis.site import SITE_KINDS, Site, all_sites, parse_layers
 

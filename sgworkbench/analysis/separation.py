@@ -30,7 +30,7 @@ def cross_validated_auroc(
         values: training activations.
         positive: class of each item.
         group: items of one group (a pair of prompts, the same prompt in two conditions) share a fold.
-        strata: as in `shuffled_differences`; one stratum when None.
+        strata: as in `shuffled_unit_directions`; one stratum when None.
         n_folds: number of folds.
         seed: seed of the assignment of groups to folds.
 

@@ -130,7 +130,14 @@ def fit_refusal(
     used = which == 0 if fit == "content" else torch.ones_like(refused)
     label = (content if fit == "content" else refused.long())[used]
     strata = strata_index(which, content) if fit == "stratified" else None
-    null = shuffled_unit_directions(values[used], label, n=n_null, strata=strata, seed=seed + 1)
+    null = shuffled_unit_directions(
+        values[used],
+        label,
+        n=n_null,
+        strata=strata,
+        min_per_class=directions.provenance.get("min_per_class", 1),
+        seed=seed + 1,
+    )
     group = torch.cat([pair_index(prompts)] * 2)[known]
     area = cross_validated_auroc(values[used], label.bool(), group[used], strata=strata, seed=seed)
     return directions.with_separation(area), null

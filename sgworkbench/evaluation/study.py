@@ -7,11 +7,9 @@ everything that is reported comes from the test split.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool
@@ -38,12 +36,12 @@ from sgworkbench.errors import WorkbenchError
 from sgworkbench.evaluation.behaviour import ArmSpec, answer, four_arms, refusal_rates
 from sgworkbench.evaluation.direction_fitting import fit_awareness, fit_refusal
 from sgworkbench.evaluation.study_config import StudyConfig
-from sgworkbench.evaluation.validation import CausalCheck, causal_check, held_out_by_condition
+from sgworkbench.evaluation.study_tables import aware_and_complied_table, comparisons_table, held_out_table
+from sgworkbench.evaluation.validation import CausalCheck, causal_check
 from sgworkbench.models import LoadedModel
 from sgworkbench.progress import Reporter, silent
 from sgworkbench.prompting import PromptCondition, PromptSet, Renderer, concatenate
 from sgworkbench.runs import RunDirectory
-from sgworkbench.statistics import compare_paired, rate, youden_threshold
 from sgworkbench.steering import GenerationSettings, SteeringVector, steering
 
 # The published setting for the 8B model, as a share of its depth: layer 20 of 36.
@@ -226,9 +224,11 @@ def run_study(
     if config.n_answers:
         answers = _answers(config, loaded, renderer, arms, test.prompts, run, report)
         rates = refusal_rates(answers)
-        comparisons = _comparisons(answers)
-        held_out = _held_out(answers, readings, refusal, shown, test.prompts)
-        behaviour = _aware_and_complied(answers, readings, awareness, best, train_plain, train, test)
+        comparisons = comparisons_table(answers)
+        held_out = held_out_table(answers, readings, refusal, shown, test.prompts)
+        behaviour = aware_and_complied_table(
+            answers, readings, awareness, best, train_plain, train.prompts, test.prompts
+        )
     refusal = refusal.with_provenance(
         validated=None if causal is None else causal.passed,
         causal_check=None if causal is None else causal.to_dict(),
@@ -353,84 +353,3 @@ def _answers(
         for arm in arms
     ]
     return pd.concat(tables, ignore_index=True)
-
-
-def _comparisons(answers: pd.DataFrame) -> pd.DataFrame:
-    """Compare arms pair by pair with exact McNemar tests, per label."""
-    rows = []
-    for label in dict.fromkeys(answers["label"]):
-        wide = answers[answers["label"] == label].pivot(index="prompt_id", columns="arm", values="refused")
-        outcomes = {arm: [None if pd.isna(v) else bool(v) for v in wide[arm]] for arm in wide}
-        for first, second in (("plain", "prompted"), ("plain", "steered"), ("prompted", "both")):
-            result = compare_paired(outcomes[first], outcomes[second])
-            rows.append({"content": label, "first": first, "second": second, **result.to_dict()})
-    return pd.DataFrame(rows)
-
-
-def _scores(
-    readings: dict[str, Readings],
-    directions: Directions,
-    layer: int,
-    pick: Callable[[Readings], Tensor],
-    prompts: PromptSet,
-) -> pd.Series[float]:
-    """Return raw projections at one layer, indexed by arm and prompt id."""
-    index = [site.layer for site in directions.sites].index(layer)
-    values = {
-        (arm, p.id): float(score)
-        for arm, reading in readings.items()
-        for p, score in zip(prompts, directions.project(pick(reading))[:, index], strict=True)
-    }
-    return pd.Series(values)
-
-
-def _held_out(
-    answers: pd.DataFrame, readings: dict[str, Readings], refusal: Directions, layer: int, test: PromptSet
-) -> list[dict[str, Any]]:
-    """Return held-out AUROCs of refused against complied within each unsteered condition."""
-    scores = _scores(readings, refusal, layer, lambda reading: reading.prompt, test)
-    rows = answers[answers["arm"].isin(["plain", "prompted"]) & answers["refused"].notna()]
-    values = np.array([scores[key] for key in zip(rows["arm"], rows["prompt_id"], strict=True)])
-    return held_out_by_condition(values, rows["refused"].to_numpy(dtype=bool), list(rows["arm"]))
-
-
-def _aware_and_complied(
-    answers: pd.DataFrame,
-    readings: dict[str, Readings],
-    awareness: Directions,
-    layer: int,
-    train_plain: Readings,
-    train: _Split,
-    test: _Split,
-) -> pd.DataFrame:
-    """Return, per arm, how often harmful prompts were recognised by the probe and nevertheless answered.
-
-    Aware means a projection above the threshold with the largest Youden index on the training split, plain condition.
-    """
-    index = [site.layer for site in awareness.sites].index(layer)
-    fitted = awareness.project(train_plain.instruction)[:, index].double().numpy()
-    mask = train.harmful.numpy()
-    threshold = float(youden_threshold(fitted[mask], fitted[~mask]).threshold)
-    scores = _scores(readings, awareness, layer, lambda reading: reading.instruction, test.prompts)
-    rows = []
-    for arm in dict.fromkeys(answers["arm"]):
-        part = answers[(answers["arm"] == arm) & (answers["label"] == "harmful") & answers["refused"].notna()]
-        aware = np.array([scores[arm, prompt_id] >= threshold for prompt_id in part["prompt_id"]], dtype=bool)
-        complied = ~part["refused"].to_numpy(dtype=bool)
-        joint, given = (
-            rate(int((aware & complied).sum()), len(aware)),
-            rate(int((aware & complied).sum()), int(aware.sum())),
-        )
-        rows.append(
-            {
-                "arm": arm,
-                "n": len(aware),
-                "aware": int(aware.sum()),
-                "complied": int(complied.sum()),
-                "aware_and_complied": joint.value,
-                "complied_given_aware": given.value,
-                "low": given.low,
-                "high": given.high,
-            }
-        )
-    return pd.DataFrame(rows)

@@ -405,7 +405,7 @@ GOOD = {"concept": "c", "source": "s", "read_at": "last_prompt", "sites": '["res
         {"concept": None},
         {"sites": "["},
         {"sites": "3"},
-        {"sites": "[3]"},
+        {"sites": "[[3]]"},
         {"sites": '["mlp[0]"]'},
         {"sites": '["resid_post[0]", "resid_post[1]"]'},
         {"sites": "[" * 100_000},

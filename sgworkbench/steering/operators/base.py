@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from numbers import Real
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from sgworkbench.analysis.directions import Directions
 from sgworkbench.analysis.site import Site
-from sgworkbench.errors import WorkbenchError
+from sgworkbench.errors import WorkbenchError, require_type
 from sgworkbench.prompting.token_batch import current_batch
 
 Coefficient: TypeAlias = float | Float[Tensor, "prompt"]
@@ -60,8 +62,12 @@ def checked_vectors(name: str, vectors: Mapping[Site, Tensor]) -> dict[Site, Ten
         WorkbenchError: no site, a vector that is not one-dimensional, is zero or is not finite, or vectors of
             different widths.
     """
+    require_type(vectors, Mapping, f"the vectors of {name!r} by site", "write for example {Site(3): vector}")
     if not vectors:
         raise WorkbenchError(f"The operator {name!r} needs a vector for at least one site; found none.")
+    for site, vector in vectors.items():
+        require_type(site, Site, "sites as keys", "write Site(3) for the output of block 3")
+        require_type(vector, Tensor, f"a torch tensor at {site}", "convert arrays with torch.from_numpy")
     width = next(iter(vectors.values())).shape[-1]
     for site, vector in vectors.items():
         if vector.dim() != 1 or vector.shape[-1] != width:
@@ -107,7 +113,9 @@ def checked_coefficient(name: str, value: Coefficient) -> Coefficient:
         if not torch.isfinite(value).all():
             raise WorkbenchError(f"The coefficients per prompt of {name!r} hold NaN or infinite values.")
         return value
-    if not torch.isfinite(torch.tensor(float(value))):
+    advice = "give per-prompt coefficients as a torch tensor"
+    require_type(value, (Real, Tensor), f"a number as the coefficient of {name!r}", advice)
+    if not math.isfinite(value):
         raise WorkbenchError(f"The coefficient of {name!r} must be a finite number, found {value}.")
     return float(value)
 
