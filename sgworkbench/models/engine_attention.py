@@ -74,7 +74,7 @@ def attention_bias(
         allowed = allowed & columns.is_real[:, None, :]
     if narrow:
         distance = columns.positions[:, columns.past :, None] - columns.positions[:, None, :]
-        allowed = allowed & (distance <= width)
+        allowed = allowed & (distance < width)
     allowed = allowed | (column == queries)
     bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return bias.masked_fill_(~allowed, float("-inf"))[:, None]

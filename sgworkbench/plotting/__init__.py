@@ -11,6 +11,7 @@ from sgworkbench.plotting.rates import refusal_rates
 from sgworkbench.plotting.shift_map import shift_map
 from sgworkbench.plotting.theme import ARMS, BEHAVIOUR, CONTENT, ROLES, TEMPLATES
 from sgworkbench.plotting.tokens import coloured_tokens_html, role_tokens_html
+from sgworkbench.plotting.trace import generation_trace
 
 __all__ = [
     "ARMS",
@@ -21,6 +22,7 @@ __all__ = [
     "SavedFigure",
     "coloured_tokens_html",
     "figure_div",
+    "generation_trace",
     "layer_curves",
     "plotlyjs_script",
     "projection_distributions",

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from jaxtyping import Float
+from scipy.stats import t as student
 
 from sgworkbench.errors import WorkbenchError, unknown_name
 from sgworkbench.plotting.checks import numeric_column, require_columns, require_some_finite
@@ -15,7 +16,6 @@ from sgworkbench.plotting.theme import AXIS, MUTED, PAGE, SeriesStyle, check_the
 
 _UNITS = {"separation_units": "separation units", "raw": "raw"}
 _COLUMNS = ["arm", "prompt_id", "step", "token", "role", "concept", "site"]
-_INTERVAL_Z = 1.959964
 
 
 def generation_trace(
@@ -27,7 +27,7 @@ def generation_trace(
     unit: str = "separation_units",
     prompt_tokens: int = 0,
     window: int = 1,
-    min_prompts: int = 2,
+    min_prompts: int = 3,
     title: str | None = None,
     theme: str = "light",
 ) -> go.Figure:
@@ -151,11 +151,13 @@ def _token_line(arm: pd.DataFrame, values: Float[np.ndarray, " row"], style: Ser
 def _mean_over_prompts(
     arm: pd.DataFrame, values: Float[np.ndarray, " row"], min_prompts: int
 ) -> tuple[Float[np.ndarray, " step"], Float[np.ndarray, " step"], Float[np.ndarray, " step"]]:
-    """Return steps, means and half widths of the normal 95 % interval, over the prompts that reached each step."""
+    """Return steps, means and half widths of the 95 % t interval, over the prompts that reached each step."""
     grouped = pd.Series(values, index=arm["step"].to_numpy()).dropna().groupby(level=0)
     table = pd.DataFrame({"mean": grouped.mean(), "sd": grouped.std(ddof=1), "n": grouped.size()})
     table = table[table["n"] >= min_prompts].sort_index()
-    half = _INTERVAL_Z * table["sd"].to_numpy() / np.sqrt(table["n"].to_numpy())
+    n = table["n"].to_numpy()
+    # A single prompt has no interval.
+    half = student.ppf(0.975, np.maximum(n - 1, 1)) * table["sd"].to_numpy() / np.sqrt(n)
     return table.index.to_numpy(dtype=float), table["mean"].to_numpy(), np.nan_to_num(half)
 
 
@@ -251,7 +253,7 @@ def _subtitle(rows: pd.DataFrame, prompt_id: str | None, unit: str, window: int,
         parts.append(f"prompt {prompt_id}")
     else:
         n = rows["prompt_id"].nunique()
-        parts.append(f"mean over the prompts still writing (n = {n}), ribbons: 95 % normal interval of the mean")
+        parts.append(f"mean over the prompts still writing (n = {n}), ribbons: 95 % t interval of the mean")
     if unit == "separation_units":
         parts.append("0 and 1 are the class means of the training split")
     if window > 1:

@@ -8,6 +8,9 @@ a token behind a closed gate keeps its bits. Decided once per prompt, the gate a
 those before the one it is read at, and on everything the model then writes.
 Caveat: a threshold holds for the prompts, the safety prompt and the site it was fitted on; a direction fitted in the
 plain condition reads higher or lower once a safety prompt is added. Fit both where they are used.
+Tokens that all prompts begin with are run once for all only where every row is treated alike, which a gate decided per
+prompt does not do. An unsteered run that shares them rounds in another order, so that its logits agree with those
+behind a closed gate to rounding; runs that share nothing agree to the bit.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from typing import TypeAlias
 
 from sgworkbench.analysis.site import SITE_KINDS, Site, SiteKind, parse_layers
@@ -34,7 +35,7 @@ def choose_layers(layers: LayerChoice, n_layers: int) -> tuple[int, ...]:
         for part in ["0%-100%"] if layers.strip() == "all" else layers.split(","):
             chosen.update(_from_text(part, n_layers))
     else:
-        for layer in [layers] if isinstance(layers, (int, float)) else list(layers):
+        for layer in list(layers) if isinstance(layers, Iterable) else [layers]:
             chosen.add(_one(layer, n_layers))
     if not chosen:
         raise WorkbenchError("At least one layer is needed, found none.")
@@ -61,10 +62,11 @@ def choose_sites(
 def _one(layer: object, n_layers: int) -> int:
     if isinstance(layer, bool):
         raise WorkbenchError(f"Expected a layer number or a share of depth, found {layer!r}.")
-    if isinstance(layer, float):
-        if not 0.0 <= layer <= 1.0:
+    # Real covers NumPy's numbers, too.
+    if isinstance(layer, Real) and not isinstance(layer, Integral):
+        if not 0.0 <= float(layer) <= 1.0:
             raise WorkbenchError(f"A share of depth lies between 0.0 and 1.0, found {layer}; layers are whole numbers.")
-        return int(layer * (n_layers - 1) + 0.5)
+        return int(float(layer) * (n_layers - 1) + 0.5)
     site = Site(layer)  # type: ignore[arg-type]
     site.check(n_layers)
     return site.layer

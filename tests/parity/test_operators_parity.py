@@ -44,6 +44,7 @@ TEXTS = (
     "Hi",
 )
 PRE, POST = Site(1, "resid_pre"), Site(1)
+FAMILIES = ("llama", "gpt2")
 PHASES = (("prefill",), ("decode",), ("prefill", "decode"))
 
 _generator = torch.Generator().manual_seed(7)
@@ -165,12 +166,10 @@ OPERATORS: dict[str, tuple[Operator, plain.TokenChange, plain.TokenChange]] = {
 }
 
 
-CASES = [(family, phases) for family in ("llama", "gpt2") for phases in PHASES]
+CASES = [pytest.param(family, phases, id=f"{family}-{'+'.join(phases)}") for family in FAMILIES for phases in PHASES]
 
 
-@pytest.mark.parametrize(
-    ("family", "phases"), CASES, ids=lambda value: value if isinstance(value, str) else "+".join(value)
-)
+@pytest.mark.parametrize(("family", "phases"), CASES)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operator_equals_plain_transformers(
     name: str, phases: Any, family: str, tiny_model: Any, references: References
@@ -304,9 +303,7 @@ def test_a_gate_decides_once_per_prompt_and_remembers(
     assert_equal_answers(loaded, references, [intervention], steps)
 
 
-@pytest.mark.parametrize(
-    ("family", "phases"), CASES, ids=lambda value: value if isinstance(value, str) else "+".join(value)
-)
+@pytest.mark.parametrize(("family", "phases"), CASES)
 def test_a_gate_decides_per_token(phases: Any, family: str, tiny_model: Any, references: References) -> None:
     loaded = tiny_model(family)
     every = sorted(score for row in _scores_of_tokens(loaded, references) for score in row)
@@ -319,8 +316,8 @@ def test_a_gate_decides_per_token(phases: Any, family: str, tiny_model: Any, ref
     assert_equal_answers(
         loaded,
         references,
-        [Intervention(Add({POST: V}, 0.9), Selector(phases=phases), gate)],
-        lambda _row, _item: [Step(1, "post", plain.add(V, 0.9), phases, is_open)],
+        [Intervention(Add({POST: V}, 3.0), Selector(phases=phases), gate)],
+        lambda _row, _item: [Step(1, "post", plain.add(V, 3.0), phases, is_open)],
     )
 
 
