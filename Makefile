@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint lab clean help
+.PHONY: demo test lint lab bench clean help
 
 help:
 	@echo "make demo   the whole study on the demo model; ends with the path of a report"
 	@echo "make test   lint, types and all tests"
+	@echo "make bench  measured ratios against TransformerLens and transformers"
 	@echo "make lab    JupyterLab on the notebooks"
 
 # The environment is made once, and again when what it is made from changes.
@@ -28,6 +29,9 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir notebooks

@@ -1,0 +1,353 @@
+"""Measured ratios against naive TransformerLens and plain transformers, side by side in one process.
+
+Contestants take turns (A B C A B C ...), so that a machine whose speed drifts drifts for all of them; ratios are taken
+turn by turn and reported as median, minimum and maximum. Every contestant gets the same token ids, and its results are
+compared with ours before anything is timed.
+
+    python benchmarks/run.py [--tasks vectors,decode,screen] [--turns 5] [--out benchmarks/results/latest.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from sgworkbench.analysis import all_sites, capture_moments
+from sgworkbench.evaluation.doctor import hooked_block
+from sgworkbench.evaluation.refusal_score import REFUSAL_OPENINGS, first_tokens, refusal_log_odds
+from sgworkbench.evaluation.screen import screen_layers
+from sgworkbench.models import load_model, load_reference
+from sgworkbench.models.reference import decoder_layers
+from sgworkbench.prompting import PromptCondition, RenderedPrompt, Renderer, contrast_set
+from sgworkbench.runs import environment
+from sgworkbench.steering import GenerationSettings, SteeringVector, generate, steering
+
+
+@dataclass(frozen=True)
+class Record:
+    """One comparison; `ratio_*` is the reference's time over the contestant's, so above 1 the contestant is faster."""
+
+    task: str
+    contestant: str
+    reference: str
+    ratio_median: float
+    ratio_min: float
+    ratio_max: float
+    peak_memory_mib: float
+    reference_peak_memory_mib: float
+    max_difference: float
+    turns: int
+
+
+class PeakMemory:
+    """Resident memory above the level at entry, sampled every two milliseconds."""
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        self._process = psutil.Process()
+        self._base = self.peak = self._process.memory_info().rss
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.002):
+            self.peak = max(self.peak, self._process.memory_info().rss)
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    @property
+    def mib(self) -> float:
+        return (self.peak - self._base) / 2**20
+
+
+def compare(
+    task: str,
+    ours: tuple[str, Callable[[], Any]],
+    references: dict[str, Callable[[], Any]],
+    difference: Callable[[Any, Any], float],
+    turns: int,
+) -> list[Record]:
+    """Time everyone in turn; check results first."""
+    name, run = ours
+    result = run()
+    differences = {other: difference(result, reference()) for other, reference in references.items()}
+    everyone = {name: run, **references}
+    seconds: dict[str, list[float]] = {key: [] for key in everyone}
+    peaks: dict[str, list[float]] = {key: [] for key in everyone}
+    for turn in range(turns):
+        for key, function in everyone.items():
+            with PeakMemory() as memory:
+                start = time.perf_counter()
+                function()
+                seconds[key].append(time.perf_counter() - start)
+            peaks[key].append(memory.mib)
+        print(f"{task}: turn {turn + 1}/{turns}", file=sys.stderr, flush=True)
+    records = []
+    for other in references:
+        ratios = [b / a for a, b in zip(seconds[name], seconds[other], strict=True)]
+        records.append(
+            Record(
+                task,
+                name,
+                other,
+                round(statistics.median(ratios), 3),
+                round(min(ratios), 3),
+                round(max(ratios), 3),
+                round(statistics.median(peaks[name]), 1),
+                round(statistics.median(peaks[other]), 1),
+                float(differences[other]),
+                turns,
+            )
+        )
+    return records
+
+
+def pad_left(rendered: list[RenderedPrompt]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask as transformers users make them."""
+    length = max(len(item) for item in rendered)
+    ids = torch.zeros(len(rendered), length, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, item in enumerate(rendered):
+        ids[row, length - len(item) :] = torch.tensor(item.token_ids)
+        mask[row, length - len(item) :] = 1
+    return ids, mask
+
+
+class Bench:
+    """Model, reference and prompts shared by the tasks."""
+
+    def __init__(self, model: str, turns: int) -> None:
+        self.turns = turns
+        self.loaded = load_model(model, self_check=False)
+        self.reference = load_reference(self.loaded)
+        self.reference.set_attn_implementation("sdpa")
+        self.renderer = Renderer(self.loaded.tokenizer)
+        self.safe = PromptCondition.preset("self-reminder")
+        self.sites = all_sites(self.loaded.identity.n_layers)
+
+    def vectors(self, n_pairs: int) -> list[Record]:
+        """Mean-difference vectors at all layers."""
+        prompts = list(contrast_set().split("train")) + list(contrast_set().split("test"))
+        chosen = (prompts * 2)[:n_pairs]
+        plain = [self.renderer.render(prompt) for prompt in chosen]
+        safe = [self.renderer.render(prompt, self.safe) for prompt in chosen]
+        model, n_layers = self.loaded.model, self.loaded.identity.n_layers
+        names = [site.hook_name for site in self.sites]
+
+        def ours() -> torch.Tensor:
+            means = [capture_moments(self.loaded, group, self.sites).mean for group in (safe, plain)]
+            return (means[0] - means[1]).float()
+
+        @torch.inference_mode()
+        def naive() -> torch.Tensor:
+            def states(group: list[RenderedPrompt]) -> torch.Tensor:
+                rows = []
+                for item in group:
+                    _, cache = model.run_with_cache(torch.tensor([item.token_ids]), prepend_bos=False)
+                    rows.append(torch.stack([cache[name][0, -1] for name in names]))
+                return torch.stack(rows)
+
+            return states(safe).mean(0) - states(plain).mean(0)
+
+        @torch.inference_mode()
+        def batched() -> torch.Tensor:
+            def states(group: list[RenderedPrompt]) -> torch.Tensor:
+                rows = []
+                for start in range(0, len(group), 16):
+                    ids, mask = pad_left(group[start : start + 16])
+                    positions = (mask.cumsum(1) - 1).clamp_min(0)
+                    out = self.reference(
+                        input_ids=ids,
+                        attention_mask=mask,
+                        position_ids=positions,
+                        output_hidden_states=True,
+                        use_cache=False,
+                    )
+                    rows.append(torch.stack([h[:, -1] for h in out.hidden_states[1:]], 1))
+                return torch.cat(rows)
+
+            return states(safe).mean(0) - states(plain).mean(0)
+
+        def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+            # transformers' last hidden state is after the final norm, so the last layer is left out.
+            error = (a - b).norm(dim=-1) / b.norm(dim=-1)
+            return float(error[: n_layers - 1].max())
+
+        references = {"TransformerLens run_with_cache loop": naive, "transformers output_hidden_states": batched}
+        return compare(f"vectors, {n_pairs} pairs", ("sgworkbench", ours), references, difference, self.turns)
+
+    def decode(self, n_prompts: int, new_tokens: int) -> list[Record]:
+        """Steered greedy decoding, prompts of unequal length."""
+        prompts = contrast_set().split("validation").sample(n_prompts, seed=1)
+        rendered = [self.renderer.render(p, self.safe if i % 4 == 0 else None) for i, p in enumerate(prompts)]
+        settings = GenerationSettings(max_new_tokens=new_tokens, stop_at_end_of_turn=False)
+        layer = 17
+        generator = torch.Generator().manual_seed(0)
+        values = torch.randn(1, self.loaded.identity.d_model, generator=generator)
+        vector = SteeringVector((layer,), values / values.norm() * 15.0)
+        block = decoder_layers(self.reference)[layer]
+        model = self.loaded.model
+        ids, mask = pad_left(rendered)
+
+        def ours() -> list[list[int]]:
+            with steering(self.loaded, vector.intervention(layer, 1.0)):
+                return [list(a.token_ids) for a in generate(self.loaded, rendered, settings)]
+
+        def unsteered() -> list[list[int]]:
+            return [list(a.token_ids) for a in generate(self.loaded, rendered, settings)]
+
+        def naive() -> list[list[int]]:
+            # HookedTransformer.generate takes no mask, so a user who wants right answers generates row by row.
+            def hook(stream: torch.Tensor, hook: Any) -> torch.Tensor:
+                return stream + vector.values[0]
+
+            with model.hooks([(f"blocks.{layer}.hook_resid_post", hook)]):
+                rows = []
+                for item in rendered:
+                    out = model.generate(
+                        torch.tensor([item.token_ids]),
+                        max_new_tokens=new_tokens,
+                        do_sample=False,
+                        stop_at_eos=False,
+                        prepend_bos=False,
+                        verbose=False,
+                    )
+                    rows.append(out[0, len(item) :].tolist())
+            return rows
+
+        @torch.inference_mode()
+        def transformers() -> list[list[int]]:
+            with hooked_block(block, vector.values[0], before=False):
+                out = self.reference.generate(
+                    ids,
+                    attention_mask=mask,
+                    max_new_tokens=new_tokens,
+                    min_new_tokens=new_tokens,
+                    do_sample=False,
+                    pad_token_id=0,
+                )
+            return out[:, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+        def difference(a: list[list[int]], b: list[list[int]]) -> float:
+            return float(sum(x != y for x, y in zip(a, b, strict=True)))
+
+        task = f"steered decode, {n_prompts} prompts x {new_tokens} tokens"
+        references = {
+            "HookedTransformer.generate with a hook": naive,
+            "transformers generate with a hook": transformers,
+        }
+        records = compare(task, ("sgworkbench", ours), references, difference, self.turns)
+        cost = compare(
+            "cost of steering",
+            ("sgworkbench, not steered", unsteered),
+            {"sgworkbench, steered": ours},
+            lambda *_: 0.0,
+            self.turns,
+        )
+        return records + cost
+
+    def screen(self, n_prompts: int, alphas: tuple[float, ...]) -> list[Record]:
+        """First-token refusal log-odds and KL for every layer and coefficient."""
+        prompts = contrast_set().split("validation").sample(n_prompts, seed=1)
+        rendered = [self.renderer.render(prompt) for prompt in prompts]
+        generator = torch.Generator().manual_seed(0)
+        n_layers = self.loaded.identity.n_layers
+        values = torch.nn.functional.normalize(
+            torch.randn(n_layers, self.loaded.identity.d_model, generator=generator), dim=-1
+        )
+        vector = SteeringVector(tuple(range(n_layers)), values * 15.0)
+        tokens = first_tokens(self.loaded, REFUSAL_OPENINGS)
+        model = self.loaded.model
+        ids = [torch.tensor([item.token_ids]) for item in rendered]
+
+        def ours() -> torch.Tensor:
+            table = screen_layers(self.loaded, rendered, vector, range(n_layers), alphas, tokens)
+            return torch.tensor(table[["log_odds", "kl"]].to_numpy())
+
+        @torch.inference_mode()
+        def naive() -> torch.Tensor:
+            def last(hooks: list[Any]) -> torch.Tensor:
+                with model.hooks(hooks):
+                    return torch.cat([model(row, prepend_bos=False)[:, -1] for row in ids])
+
+            clean = torch.log_softmax(last([]).double(), -1)
+            cells = []
+            for layer in range(n_layers):
+                for alpha in alphas:
+                    added = alpha * vector.values[layer]
+                    logits = last([(f"blocks.{layer}.hook_resid_post", lambda s, hook, added=added: s + added)])
+                    steered = torch.log_softmax(logits.double(), -1)
+                    kl = (clean.exp() * (clean - steered)).sum(-1).mean()
+                    cells.append(torch.stack([refusal_log_odds(logits, tokens).double().mean(), kl]))
+            return torch.stack(cells)
+
+        def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+            return float((a - b).abs().max())
+
+        task = f"screen, {n_layers} layers x {len(alphas)} coefficients x {n_prompts} prompts"
+        return compare(
+            task, ("sgworkbench", ours), {"hook loop with full forwards": naive}, difference, max(1, self.turns // 2)
+        )
+
+
+def markdown(records: list[Record], machine: dict[str, Any]) -> str:
+    """A table for people."""
+    lines = [
+        "| task | against | times faster (median) | min to max | peak MiB ours / theirs | largest difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in records:
+        lines.append(
+            f"| {r.task} | {r.reference} | {r.ratio_median:.2f} | {r.ratio_min:.2f} to {r.ratio_max:.2f} | "
+            f"{r.peak_memory_mib:.0f} / {r.reference_peak_memory_mib:.0f} | {r.max_difference:.2g} |"
+        )
+    return "\n".join([*lines, "", f"Machine: {json.dumps(machine)}", ""])
+
+
+def main() -> None:
+    """Run the tasks and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--tasks", default="vectors,decode,screen")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=256)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/latest.json"))
+    arguments = parser.parse_args()
+    bench = Bench(arguments.model, arguments.turns)
+    tasks: dict[str, Callable[[], list[Record]]] = {
+        "vectors": lambda: bench.vectors(arguments.pairs),
+        "decode": lambda: bench.decode(16, 64),
+        "screen": lambda: bench.screen(64, (-2.0, -1.0, -0.5, -0.25, 0.25, 0.5, 1.0, 2.0)),
+    }
+    machine = {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine(), **environment()}
+    records: list[Record] = []
+    for name in arguments.tasks.split(","):
+        if name not in tasks:
+            sys.exit(f"Unknown task {name!r}; known: {', '.join(tasks)}.")
+        records += tasks[name]()
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps([asdict(r) for r in records], indent=2) + "\n", encoding="utf-8")
+        arguments.out.with_suffix(".md").write_text(markdown(records, machine), encoding="utf-8")
+    print(markdown(records, machine))
+
+
+if __name__ == "__main__":
+    main()
