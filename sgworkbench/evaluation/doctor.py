@@ -165,7 +165,7 @@ def _steered(loaded: LoadedModel, reference: Any, rendered: list[RenderedPrompt]
 def hooked_block(block: Any, vector: Float[Tensor, "d_model"], *, before: bool) -> Iterator[None]:
     """Add a vector at the input or the output of a transformers decoder block: the independent way to steer."""
 
-    def at_input(_module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def at_input(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (inputs[0] + vector.to(inputs[0]), *inputs[1:])
 
     def at_output(_module: Any, _inputs: Any, output: Any) -> Any:
