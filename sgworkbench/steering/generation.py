@@ -23,7 +23,7 @@ from sgworkbench.models.end_tokens import end_token_ids
 from sgworkbench.models.engine import run_blocks
 from sgworkbench.models.kv_cache import PreallocatedCache, surviving_rows
 from sgworkbench.progress import Reporter, silent
-from sgworkbench.prompting.rendering import RenderedPrompt
+from sgworkbench.prompting.rendering import RenderedPrompt, Role
 from sgworkbench.prompting.token_batch import (
     TokenBatch,
     announced_batch,
@@ -32,6 +32,7 @@ from sgworkbench.prompting.token_batch import (
     pad_prompts,
     role_index,
 )
+from sgworkbench.steering.roles import RoleTracker
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def _decode_batch(
     columns = batch.token_ids.shape[1] + settings.max_new_tokens
     cache = PreallocatedCache(loaded.model.cfg, len(rows), columns, device)
     stop = torch.tensor(end_token_ids(loaded) if settings.stop_at_end_of_turn else (), dtype=torch.long, device=device)
+    trackers = [RoleTracker(loaded.tokenizer, rendered[row]) for row in rows]
     samplers = [_Sampler(settings, rendered[row]) for row in rows]
     written: list[list[int]] = [[] for _ in rows]
     finished = [False] * len(rows)
@@ -143,7 +145,8 @@ def _decode_batch(
         done = [local for local, index in enumerate(active) if finished[index]]
         if len(done) == len(active) or step == settings.max_new_tokens - 1:
             break
-        batch = _next_step(batch, chosen)
+        roles = [trackers[index].role_of(token) for index, token in zip(active, chosen.tolist(), strict=True)]
+        batch = _next_step(batch, chosen, roles)
         if done:
             kept = surviving_rows(len(active), done)
             active = [active[local] for local in kept]
@@ -186,12 +189,12 @@ def unembed(loaded: LoadedModel, stream: Float[Tensor, "batch pos d_model"]) -> 
     return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
 
-def _next_step(batch: TokenBatch, chosen: Int[Tensor, "batch"]) -> TokenBatch:
+def _next_step(batch: TokenBatch, chosen: Int[Tensor, "batch"], roles: Sequence[Role]) -> TokenBatch:
     """Return the single-column batch of the tokens just chosen."""
     return TokenBatch(
         chosen[:, None],
         batch.positions[:, -1:] + 1,
-        torch.full_like(chosen[:, None], role_index("answer")),
+        torch.tensor([[role_index(role)] for role in roles], device=chosen.device),
         batch.last_prompt,
         batch.rows,
         "decode",

@@ -29,8 +29,8 @@ from sgworkbench.prompting.rendering import RenderedPrompt
 from sgworkbench.prompting.token_batch import TokenBatch, current_batch
 from sgworkbench.steering.generation import Generation, GenerationSettings, generate
 from sgworkbench.steering.hooks import Intervention, steering
+from sgworkbench.steering.roles import RoleTracker
 
-_OPEN, _CLOSE = "<think>", "</think>"
 COLUMNS = (
     "arm", "prompt_id", "position", "step", "token", "role", "phase", "concept", "site", "layer", "raw",
     "separation_units",
@@ -284,30 +284,9 @@ def _rows_at(
 def generated_roles(tokenizer: Any, item: RenderedPrompt, token_ids: Sequence[int]) -> list[str]:
     """Return `reasoning` or `answer` for every generated token.
 
-    Reasoning is what stands between `<think>` and `</think>`, the tags included. It may be opened by the prompt (its
-    template or a prefill) or by the model's first words; everything after `</think>` is the answer, and a generation
-    that never opens reasoning is answer throughout.
+    The same as the roles that selectors see while generating (`RoleTracker`), but for a beginning that only looked like
+    the opening tag.
     """
-    user = item.positions_of("user_prefix", "instruction", "user_suffix")
-    header = item.text[item.offsets[user[-1]][1] :]
-    opened = header.rfind(_OPEN) > header.rfind(_CLOSE)
-    if not opened:
-        opened = tokenizer.decode(list(token_ids), skip_special_tokens=False).lstrip().startswith(_OPEN)
-    if not opened:
-        return ["answer"] * len(token_ids)
-    closed = _tokens_until(tokenizer, token_ids, _CLOSE)
-    return ["reasoning"] * closed + ["answer"] * (len(token_ids) - closed)
-
-
-def _tokens_until(tokenizer: Any, token_ids: Sequence[int], tag: str) -> int:
-    """Return how many leading tokens it takes to spell the first `tag`; all of them when it never comes."""
-    low, high = 0, len(token_ids)
-    if tag not in tokenizer.decode(list(token_ids), skip_special_tokens=False):
-        return high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tag in tokenizer.decode(list(token_ids[:middle]), skip_special_tokens=False):
-            high = middle
-        else:
-            low = middle
-    return high
+    tracker = RoleTracker(tokenizer, item)
+    roles = [tracker.role_of(int(token)) for token in token_ids]
+    return list(roles) if tracker.reasoned else ["answer"] * len(roles)
