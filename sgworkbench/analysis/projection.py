@@ -113,7 +113,6 @@ def held_out_separation(
     return LayerCurve(table, tuple(nulls), f"held-out AUROC of the {direction.concept} direction")
 
 
-def best_layer(curve: LayerCurve, *, lowest: int = 0) -> int:
-    """Return the layer with the largest value among those from `lowest` on; the lower one of a tie."""
-    table = curve.table[curve.table["layer"] >= lowest]
-    return int(table.sort_values(["value", "layer"], ascending=[False, True])["layer"].iloc[0])
+def best_layer(curve: LayerCurve) -> int:
+    """Return the layer with the largest value; the lower one of a tie."""
+    return int(curve.table.sort_values(["value", "layer"], ascending=[False, True])["layer"].iloc[0])

@@ -1,8 +1,8 @@
 """The gap study: from two sets of prompts and a safety prompt to directions, vector, gap, answers and controls.
 
 Order of work: everything that is fitted (awareness and refusal directions, their scales, the steering vector, the
-awareness threshold) comes from the training split; the layer shown in figures is chosen on the validation split;
-everything that is reported comes from the test split.
+awareness threshold) comes from the training split, and so does the layer at which arms are compared; the awareness
+layer and the causal check use the validation split; everything else that is reported comes from the test split.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool
@@ -58,7 +59,8 @@ class StudyResult:
         condition: the safety prompt.
         layers: layers steered.
         awareness_layer: layer at which the awareness direction separates the validation split best.
-        shown_layer: the same among layers that steering can reach, for comparing the arms at one layer.
+        shown_layer: layer for comparing the arms: of those that steering can reach, the one where both directions
+            separate best in cross-validation on the training split.
         shift: the safety shift on the training harmful prompts.
         vector: the steering vector made of it.
         shift_map: projection of the shift per layer and token, harmful test prompts.
@@ -211,7 +213,7 @@ def run_study(
         awareness,
         n_null=2,
     )
-    best, shown = best_layer(curve), best_layer(curve, lowest=max(layers))
+    best, shown = best_layer(curve), _layer_to_show(awareness, refusal, max(layers))
     arms = four_arms(condition, vector, layers, config.alpha)
     readings: dict[str, Readings] = {}
     for arm in arms:
@@ -310,6 +312,16 @@ def _split(config: StudyConfig, harmful: PromptSet, harmless: PromptSet) -> dict
                 f"{len(texts['train'] & texts[name])} prompts are in both train and {name}; remove the duplicates."
             )
     return splits
+
+
+def _layer_to_show(awareness: Directions, refusal: Directions, lowest: int) -> int:
+    """Return the layer from `lowest` on with the best weaker direction, by cross-validation on the training split."""
+    areas = [d.provenance.get("cross_validated_auroc") for d in (awareness, refusal)]
+    measured = [area for area in areas if area is not None]
+    if not measured:
+        return lowest
+    weaker = np.min(np.array(measured), axis=0)
+    return lowest + int(np.argmax(weaker[lowest:]))
 
 
 def _check(

@@ -56,11 +56,11 @@ class StudyConfig(BaseModel):
     alpha: float = Field(0.5, allow_inf_nan=False)
     refusal_source: RefusalSource = "judged"
     judge: str = "arditi-substrings"
-    n_train: int = Field(60, ge=2)
+    n_train: int = Field(100, ge=2)
     n_validation: int = Field(40, ge=2)
     n_causal: int = Field(16, ge=1)
     n_test: int = Field(100, ge=1)
-    n_answers: int = Field(30, ge=0)
+    n_answers: int = Field(60, ge=0)
     train_tokens: int = Field(16, ge=1)
     answer_tokens: int = Field(32, ge=1)
     n_map: int = Field(24, ge=1)

@@ -76,7 +76,7 @@ def causal_check(
     plain: Sequence[RenderedPrompt],
     prompted: Sequence[RenderedPrompt],
     *,
-    n_random: int = 8,
+    n_random: int = 19,
     seed: int = 0,
     report: Reporter = silent,
 ) -> CausalCheck:
