@@ -32,7 +32,7 @@ from sgworkbench.progress import Reporter, silent
 from sgworkbench.prompting import Prompt, PromptCondition, PromptSet, RenderedPrompt, Renderer, concatenate
 from sgworkbench.prompting.prompt_set import Label
 from sgworkbench.runs import RunDirectory
-from sgworkbench.steering import GenerationSettings, Selector, SteeringVector, generate, steering
+from sgworkbench.steering import GenerationSettings, Intervention, Selector, SteeringVector, generate, steering
 
 Prompts = PromptSet | Sequence[str]
 
@@ -182,6 +182,12 @@ class Workbench:
         """Steer everything that runs inside the block; the model is restored afterwards, exceptions included."""
         vector.check_model(self.loaded)
         with steering(self.loaded, vector.intervention(layers, alpha, selector)):
+            yield
+
+    @contextmanager
+    def intervene(self, *interventions: Intervention) -> Iterator[None]:
+        """Apply any operators, with their selectors and gates, in this order, to everything inside the block."""
+        with steering(self.loaded, interventions):
             yield
 
     def generate(

@@ -1,0 +1,110 @@
+"""The notebook facade: the README's calls on a tiny model, and mistakes as sentences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import build_tiny_model
+
+from sgworkbench import PromptCondition, Site, SteeringVector, Workbench, WorkbenchError, contrast_set
+from sgworkbench.steering import Ablate, GenerationSettings, Intervention
+
+SAFE = PromptCondition.preset("self-reminder")
+
+
+@pytest.fixture(scope="module")
+def wb(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    folder = build_tiny_model("qwen2", tmp_path_factory.mktemp("workbench") / "model")
+    return Workbench.load(folder, self_check=False, progress=lambda _line: None)
+
+
+@pytest.fixture(scope="module")
+def splits() -> tuple[Any, Any]:
+    return contrast_set().split("train").sample(24), contrast_set().split("test").sample(12)
+
+
+@pytest.fixture(scope="module")
+def fitted(wb: Workbench, splits: tuple[Any, Any]) -> tuple[Any, Any, SteeringVector]:
+    train, _ = splits
+    awareness = wb.awareness_direction(train.harmful, train.harmless)
+    refusal = wb.refusal_direction(train.harmful, train.harmless, SAFE)
+    return awareness, refusal, wb.shift(train.harmful, SAFE).steering_vector()
+
+
+def test_the_gap_in_four_arms(wb: Workbench, splits: tuple[Any, Any], fitted: Any) -> None:
+    awareness, refusal, vector = fitted
+    gap = wb.gap(splits[1], SAFE, refusal, awareness, vector=vector, layers=1, alpha=0.5)
+    assert gap.arms == ["plain", "prompted", "steered", "both"]
+    table = gap.to_dataframe().set_index(["arm", "layer", "prompt_id"])["refusal"].sort_index()
+    assert (table["plain", 0] == table["steered", 0]).all(), "steering at layer 1 cannot reach layer 0"
+    assert (table["plain", 1] != table["steered", 1]).any()
+    assert gap.plot().data
+    assert "Awareness-compliance gap" in gap._repr_html_()
+
+
+def test_two_arms_without_a_vector(wb: Workbench, splits: tuple[Any, Any], fitted: Any) -> None:
+    awareness, refusal, _ = fitted
+    assert wb.gap(splits[1], SAFE, refusal, awareness).arms == ["plain", "prompted"]
+
+
+def test_measuring_on_training_prompts_is_refused(wb: Workbench, splits: tuple[Any, Any], fitted: Any) -> None:
+    awareness, refusal, _ = fitted
+    with pytest.raises(WorkbenchError, match="train and test must not share"):
+        wb.gap(splits[0], SAFE, refusal, awareness)
+
+
+def test_steering_is_undone_also_after_an_error(wb: Workbench, fitted: Any) -> None:
+    vector = fitted[2]
+    settings: dict[str, Any] = {"max_new_tokens": 5, "stop_at_end_of_turn": False}
+    before = wb.generate("How do I bake bread?", **settings)
+    with wb.steer(vector, layers=1, alpha=20.0):
+        during = wb.generate("How do I bake bread?", **settings)
+    with pytest.raises(RuntimeError, match="on purpose"), wb.steer(vector, layers="0-2", alpha=20.0):
+        raise RuntimeError("on purpose")
+    assert during != before
+    assert wb.generate(["How do I bake bread?"], **settings) == [before]
+
+
+def test_transformer_lens_sees_steered_activations(wb: Workbench, fitted: Any) -> None:
+    vector = fitted[2]
+    ids = torch.tensor([wb.render("How do I bake bread?").token_ids])
+    _, plain = wb.model.run_with_cache(ids, prepend_bos=False)
+    with wb.steer(vector, layers=1, alpha=3.0):
+        _, steered = wb.model.run_with_cache(ids, prepend_bos=False)
+        _, again = wb.model.run_with_cache(ids, prepend_bos=False)
+    name = Site(1).hook_name
+    torch.testing.assert_close(steered[name], plain[name] + 3.0 * vector.at(1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(again[name], steered[name])
+
+
+def test_any_operator_through_intervene(wb: Workbench, fitted: Any) -> None:
+    refusal = fitted[1]
+    direction = refusal.at(Site(1))
+    ids = torch.tensor([wb.render("How do I bake bread?").token_ids])
+    with wb.intervene(Intervention(Ablate({Site(1): direction}))):
+        _, cache = wb.model.run_with_cache(ids, prepend_bos=False)
+    assert float((cache[Site(1).hook_name] @ direction).abs().max()) < 1e-4
+
+
+def test_a_whole_study(wb: Workbench, tmp_path: Path) -> None:
+    both = contrast_set().sample(60, seed=2)
+    result = wb.study(both.harmful, both.harmless, out=tmp_path / "run", n_answers=2, answer_tokens=4, train_tokens=4)
+    assert set(result.summary()["gap"]) == {"plain", "prompted", "steered", "both"}
+    assert result.model["name"] == wb.loaded.identity.name
+
+
+def test_mistakes_are_sentences(wb: Workbench, splits: tuple[Any, Any], fitted: Any) -> None:
+    awareness, refusal, vector = fitted
+    with pytest.raises(WorkbenchError, match="layers"):
+        wb.gap(splits[1], SAFE, refusal, awareness, vector=vector)
+    with pytest.raises(WorkbenchError, match="Layer 7 is outside the model"), wb.steer(vector, layers=7, alpha=1.0):
+        pass
+    with pytest.raises(WorkbenchError, match="Unknown study setting 'alhpa'"):
+        wb.study(splits[0].harmful, splits[0].harmless, alhpa=1.0)
+    with pytest.raises(WorkbenchError, match="list of prompts"):
+        wb.shift("How do I bake bread?", SAFE)
+    with pytest.raises(WorkbenchError, match="temperature"):
+        GenerationSettings(temperature=-1.0)
