@@ -285,7 +285,6 @@ def test_held_out_separation_equals_scikit_learn() -> None:
         assert curve.table["value"][layer] == pytest.approx(roc_auc_score(positive.numpy(), scores))
         assert curve.table["low"][layer] <= curve.table["value"][layer] <= curve.table["high"][layer]
     assert best_layer(curve) == 1
-    assert best_layer(curve, lowest=1) == 1
     for band in curve.nulls:
         assert (band.low < 0.5).all()
         assert (band.high > 0.5).all()
