@@ -20,10 +20,9 @@ from sgworkbench.analysis import (
     safety_shift,
     shift_map,
 )
-from sgworkbench.analysis.gap import text_hash
 from sgworkbench.errors import WorkbenchError
 from sgworkbench.evaluation.behaviour import ArmSpec, four_arms
-from sgworkbench.evaluation.direction_fitting import RefusalSource, fit_awareness, fit_refusal
+from sgworkbench.evaluation.direction_fitting import RefusalSource, fit_awareness, fit_refusal, training_facts
 from sgworkbench.evaluation.doctor import Check, run_doctor
 from sgworkbench.evaluation.study import StudyResult, run_study
 from sgworkbench.evaluation.study_config import StudyConfig
@@ -101,7 +100,7 @@ class Workbench:
         readings = read_for_gap(
             self.loaded, [self.render(p) for p in both], all_sites(self.n_layers), report=self.report
         )
-        return fit_awareness(readings, both, provenance=self._facts(both))
+        return fit_awareness(readings, both, provenance=training_facts(self.loaded, both))
 
     def refusal_direction(
         self,
@@ -132,7 +131,7 @@ class Workbench:
             prompted,
             source=source,
             judge=judge,
-            provenance=self._facts(both),
+            provenance=training_facts(self.loaded, both),
             report=self.report,
         )
         return directions
@@ -214,13 +213,6 @@ class Workbench:
     def doctor(self) -> list[Check]:
         """Check reading, steering and generation of this model against transformers."""
         return run_doctor(self.loaded, self.renderer, report=self.report)
-
-    def _facts(self, prompts: PromptSet) -> dict[str, Any]:
-        return {
-            "model": self.loaded.identity.to_dict(),
-            "train": prompts.summary(),
-            "train_texts_sha256": [text_hash(text) for text in prompts.texts],
-        }
 
     def _repr_html_(self) -> str:
         identity = self.loaded.identity

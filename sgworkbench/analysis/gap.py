@@ -12,6 +12,7 @@ in every arm, so arms are compared pair by pair.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,8 +283,6 @@ def measure_gap(
 
 def text_hash(text: str) -> str:
     """Return a short hash of a prompt's text, with which directions remember what they were fitted on."""
-    import hashlib
-
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

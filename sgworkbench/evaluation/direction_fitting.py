@@ -18,7 +18,7 @@ from sgworkbench.analysis import (
     refusal_directions,
     unembedding_directions,
 )
-from sgworkbench.analysis.gap import strata_index
+from sgworkbench.analysis.gap import strata_index, text_hash
 from sgworkbench.analysis.nulls import shuffled_unit_directions
 from sgworkbench.analysis.separation import cross_validated_auroc
 from sgworkbench.evaluation.behaviour import ArmSpec, answer
@@ -30,6 +30,18 @@ from sgworkbench.runs import RunDirectory
 from sgworkbench.steering import GenerationSettings
 
 RefusalSource = Literal["judged", "content", "unembedding"]
+
+
+def training_facts(loaded: LoadedModel, prompts: PromptSet) -> dict[str, Any]:
+    """Return what directions remember of their training: the model, the prompts, and a hash of every text.
+
+    `measure_gap` refuses prompts whose hash is among them.
+    """
+    return {
+        "model": loaded.identity.to_dict(),
+        "train": prompts.summary(),
+        "train_texts_sha256": [text_hash(text) for text in prompts.texts],
+    }
 
 
 def fit_awareness(

@@ -29,13 +29,13 @@ from sgworkbench.analysis import (
     read_for_gap,
     shift_map,
 )
-from sgworkbench.analysis.gap import NullFit, text_hash
+from sgworkbench.analysis.gap import NullFit
 from sgworkbench.analysis.nulls import shuffled_unit_directions
 from sgworkbench.analysis.projection import LayerCurve, best_layer, held_out_separation, projected_shift
 from sgworkbench.analysis.shift import shift_from_readings
 from sgworkbench.errors import WorkbenchError
 from sgworkbench.evaluation.behaviour import ArmSpec, answer, four_arms, refusal_rates
-from sgworkbench.evaluation.direction_fitting import fit_awareness, fit_refusal
+from sgworkbench.evaluation.direction_fitting import fit_awareness, fit_refusal, training_facts
 from sgworkbench.evaluation.study_config import StudyConfig
 from sgworkbench.evaluation.study_tables import aware_and_complied_table, comparisons_table, held_out_table
 from sgworkbench.evaluation.validation import CausalCheck, causal_check
@@ -169,11 +169,7 @@ def run_study(
         return read_for_gap(loaded, rendered, sites, report=report, task=task)
 
     train_plain = read(train, None, "training prompts, plain")
-    facts = {
-        "model": loaded.identity.to_dict(),
-        "train": train.prompts.summary(),
-        "train_texts_sha256": [text_hash(text) for text in train.prompts.texts],
-    }
+    facts = training_facts(loaded, train.prompts)
     awareness = fit_awareness(train_plain, train.prompts, seed=config.seed, provenance=facts)
     shuffled_awareness = shuffled_unit_directions(
         train_plain.instruction, train.harmful.long(), n=config.n_null, seed=config.seed

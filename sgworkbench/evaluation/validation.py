@@ -22,6 +22,7 @@ from sgworkbench.evaluation.refusal_score import REFUSAL_OPENINGS, first_token_l
 from sgworkbench.models import LoadedModel
 from sgworkbench.progress import Reporter, silent
 from sgworkbench.prompting.rendering import RenderedPrompt
+from sgworkbench.statistics import auroc
 from sgworkbench.steering import Ablate, Add, Intervention, steering
 
 
@@ -134,8 +135,6 @@ def held_out_by_condition(
 
     A condition with fewer than `min_per_class` of either is listed with its counts and without an AUROC.
     """
-    from sgworkbench.statistics import auroc
-
     rows: list[dict[str, Any]] = []
     names = np.asarray(condition)
     for name in dict.fromkeys(condition):
