@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from sgworkbench.errors import WorkbenchError
     from sgworkbench.models import LoadedModel, load_model
     from sgworkbench.prompting import Prompt, PromptCondition, PromptSet, Renderer, contrast_set, load_prompts
-    from sgworkbench.steering import GenerationSettings, Selector, SteeringVector, generate
+    from sgworkbench.steering import GenerationSettings, Selector, SteeringRecipe, SteeringVector, generate
     from sgworkbench.workbench import Workbench
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ _HOMES = {
     "Selector": "steering",
     "ShiftMap": "analysis",
     "Site": "analysis",
+    "SteeringRecipe": "steering",
     "SteeringVector": "steering",
     "Workbench": "workbench",
     "WorkbenchError": "errors",
@@ -50,6 +51,7 @@ __all__ = [
     "Selector",
     "ShiftMap",
     "Site",
+    "SteeringRecipe",
     "SteeringVector",
     "Workbench",
     "WorkbenchError",

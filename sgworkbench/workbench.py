@@ -20,7 +20,7 @@ from sgworkbench.analysis import (
     safety_shift,
     shift_map,
 )
-from sgworkbench.errors import WorkbenchError
+from sgworkbench.errors import WorkbenchError, require_type
 from sgworkbench.evaluation.behaviour import ArmSpec, four_arms
 from sgworkbench.evaluation.direction_fitting import RefusalSource, fit_awareness, fit_refusal, training_facts
 from sgworkbench.evaluation.doctor import Check, run_doctor
@@ -31,7 +31,17 @@ from sgworkbench.progress import Reporter, silent
 from sgworkbench.prompting import Prompt, PromptCondition, PromptSet, RenderedPrompt, Renderer, concatenate
 from sgworkbench.prompting.prompt_set import Label
 from sgworkbench.runs import RunDirectory
-from sgworkbench.steering import GenerationSettings, Intervention, Selector, SteeringVector, generate, steering
+from sgworkbench.steering import (
+    GenerationSettings,
+    Intervention,
+    Selector,
+    SteeringRecipe,
+    SteeringVector,
+    generate,
+    steering,
+)
+from sgworkbench.steering.layers import LayerChoice
+from sgworkbench.steering.operators import Coefficient
 
 Prompts = PromptSet | Sequence[str]
 
@@ -172,15 +182,30 @@ class Workbench:
     @contextmanager
     def steer(
         self,
-        vector: SteeringVector,
-        layers: int | str | Iterable[int],
-        alpha: float,
+        vector: SteeringVector | SteeringRecipe,
+        layers: LayerChoice | None = None,
+        alpha: Coefficient | None = None,
         *,
         selector: Selector | None = None,
     ) -> Iterator[None]:
-        """Steer everything that runs inside the block; the model is restored afterwards, exceptions included."""
-        vector.check_model(self.loaded)
-        with steering(self.loaded, vector.intervention(layers, alpha, selector)):
+        """Steer everything that runs inside the block; the model is restored afterwards, exceptions included.
+
+        A recipe says itself where and how strongly it acts; a vector needs `layers` and `alpha`.
+
+        Raises:
+            WorkbenchError: a vector without layers or coefficient, a recipe with them, or one of another model.
+        """
+        if isinstance(vector, SteeringRecipe):
+            if layers is not None or alpha is not None or selector is not None:
+                raise WorkbenchError("A recipe has its own layers, coefficient and tokens; pass the recipe alone.")
+            interventions = vector.interventions(self.loaded)
+        else:
+            require_type(vector, SteeringVector, "a steering vector or a recipe", "load one with SteeringVector.load")
+            if layers is None or alpha is None:
+                raise WorkbenchError("Steering with a vector needs both layers=... and alpha=...; one is missing.")
+            vector.check_model(self.loaded)
+            interventions = (vector.intervention(layers, alpha, selector),)
+        with steering(self.loaded, interventions):
             yield
 
     @contextmanager

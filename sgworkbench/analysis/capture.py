@@ -21,14 +21,15 @@ from sgworkbench.analysis.site import Site
 from sgworkbench.errors import WorkbenchError, require_type, unknown_name
 from sgworkbench.models import LoadedModel
 from sgworkbench.models.engine import run_blocks
+from sgworkbench.models.memory import automatic_batch_tokens
 from sgworkbench.progress import Reporter, silent
 from sgworkbench.prompting.rendering import ROLES, RenderedPrompt
 from sgworkbench.prompting.token_batch import (
     TokenBatch,
     announced_batch,
     check_lengths,
-    length_sorted_batches,
     pad_prompts,
+    run_batches,
 )
 
 Positions = str | Sequence[Sequence[int]]
@@ -165,7 +166,7 @@ def capture(
     sites: Sequence[Site],
     positions: Positions = "last_prompt",
     *,
-    max_batch_tokens: int = 4096,
+    max_batch_tokens: int | None = None,
     report: Reporter = silent,
     task: str = "reading activations",
 ) -> Activations:
@@ -178,7 +179,7 @@ def capture(
         rendered: the prompts.
         sites: where to read.
         positions: which tokens to read (see `resolve_positions`).
-        max_batch_tokens: padded tokens per forward pass; bounds the memory.
+        max_batch_tokens: padded tokens per forward pass; by default what suits the device. Fewer take less memory.
         report: progress callback.
         task: name of the work in the progress display.
 
@@ -203,7 +204,7 @@ def capture_span_means(
     sites: Sequence[Site],
     positions: Positions = "instruction",
     *,
-    max_batch_tokens: int = 4096,
+    max_batch_tokens: int | None = None,
     report: Reporter = silent,
 ) -> Float[Tensor, "prompt site d_model"]:
     """Read the mean over the chosen tokens of each prompt, without keeping the tokens; float32 on the CPU.
@@ -233,7 +234,7 @@ def capture_moments(
     positions: Positions = "last_prompt",
     *,
     covariance: bool = False,
-    max_batch_tokens: int = 4096,
+    max_batch_tokens: int | None = None,
     report: Reporter = silent,
     task: str = "reading activations",
 ) -> Moments:
@@ -278,7 +279,7 @@ def _visit(
     wanted: list[tuple[int, ...]],
     receive: Callable[[int, Tensor, Tensor], None],
     starts: list[int],
-    max_batch_tokens: int,
+    max_batch_tokens: int | None,
     report: Reporter,
     task: str,
 ) -> None:
@@ -291,22 +292,37 @@ def _visit(
     stop_at_layer = max(site.layer for site in sites) + 1
     longest = longest_prefix(rendered, wanted)
     prefix: SharedPrefix | None = None
-    done = 0
-    report(task, 0, len(rendered))
-    for rows in length_sorted_batches([len(item) for item in rendered], max_tokens=max_batch_tokens):
+    seen: list[set[int]] = [set() for _ in sites]
+
+    def run(rows: list[int]) -> None:
+        nonlocal prefix
         batch = pad_prompts([rendered[row] for row in rows], side="right", device=loaded.identity.device, rows=rows)
         if prefix is None or not prefix.fits(batch):
             prefix = run_shared_prefix(loaded, batch, stop_at_layer=stop_at_layer, longest=longest)
         skipped = 0 if prefix is None else prefix.length
-        where = [(local, index - skipped) for local, row in enumerate(rows) for index in wanted[row]]
-        target = torch.tensor([starts[row] + k for row in rows for k in range(len(wanted[row]))], dtype=torch.long)
-        index = torch.tensor(where, dtype=torch.long, device=batch.token_ids.device).reshape(-1, 2)
 
-        def gather(site_index: int, index: Tensor = index, target: Tensor = target) -> Callable[[Tensor], None]:
-            return lambda stream: receive(site_index, stream[index[:, 0], index[:, 1]], target)
+        def gather(site_index: int) -> Callable[[Tensor], None]:
+            # A batch that ran out of memory half way is run again; what a site has handed on is not handed on twice.
+            new = [(local, row) for local, row in enumerate(rows) if row not in seen[site_index]]
+            where = [(local, index - skipped) for local, row in new for index in wanted[row]]
+            target = torch.tensor(
+                [starts[row] + k for _, row in new for k in range(len(wanted[row]))], dtype=torch.long
+            )
+            index = torch.tensor(where, dtype=torch.long, device=batch.token_ids.device).reshape(-1, 2)
+
+            def read(stream: Tensor) -> None:
+                receive(site_index, stream[index[:, 0], index[:, 1]], target)
+                seen[site_index].update(rows)
+
+            return read
 
         readers = {site.hook_name: gather(site_index) for site_index, site in enumerate(sites)}
         run_prefill(loaded, batch, readers, stop_at_layer=stop_at_layer, prefix=prefix)
+
+    done = 0
+    report(task, 0, len(rendered))
+    limit = max_batch_tokens or automatic_batch_tokens(loaded)
+    for rows, _ in run_batches([len(item) for item in rendered], run, max_tokens=limit):
         done += len(rows)
         report(task, done, len(rendered))
 

@@ -128,11 +128,11 @@ class Directions:
             }
         )
 
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file with all facts in its metadata, atomically.
+    def packed(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the tensors and the metadata that a file holds.
 
         Raises:
-            WorkbenchError: the file cannot be written, or the provenance is not JSON-serialisable.
+            WorkbenchError: the provenance is not JSON-serialisable.
         """
         try:
             provenance = json.dumps(dict(self.provenance))
@@ -146,7 +146,15 @@ class Directions:
             "sites": json.dumps([str(site) for site in self.sites]),
             "provenance": provenance,
         }
-        write_tensors(path, {"unit": self.unit, "origin": self.origin, "separation": self.separation}, metadata)
+        return {"unit": self.unit, "origin": self.origin, "separation": self.separation}, metadata
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with all facts in its metadata, atomically.
+
+        Raises:
+            WorkbenchError: the file cannot be written, or the provenance is not JSON-serialisable.
+        """
+        write_tensors(path, *self.packed())
 
     @classmethod
     def load(cls, path: str | Path) -> Directions:
@@ -155,7 +163,15 @@ class Directions:
         Raises:
             WorkbenchError: missing, truncated or foreign file.
         """
-        tensors, metadata = read_tensors(path, _FORMAT, ("unit", "origin", "separation"))
+        return cls.unpacked(*read_tensors(path, _FORMAT, ("unit", "origin", "separation")), path=path)
+
+    @classmethod
+    def unpacked(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, path: str | Path) -> Directions:
+        """Return what `packed` took apart; `path` names the file in errors.
+
+        Raises:
+            WorkbenchError: tensors and metadata that do not belong together.
+        """
         try:
             sites = tuple(Site.parse(text) for text in json.loads(metadata["sites"]))
             provenance = json.loads(metadata["provenance"])

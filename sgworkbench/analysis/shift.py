@@ -47,6 +47,8 @@ class SafetyShift:
         prompts: name, size and hash of the prompt set.
         model: identity of the model.
         template_sha256: hash of the chat template.
+        padding: None when every activation was read at a real token, as it should be; otherwise how the batches were
+            padded whose last column was read (see `padded_extraction`).
     """
 
     condition: PromptCondition
@@ -57,6 +59,7 @@ class SafetyShift:
     prompts: dict[str, str | int]
     model: dict[str, Any]
     template_sha256: str
+    padding: dict[str, Any] | None = None
 
     def steering_vector(self, protocol: str = "same-site") -> SteeringVector:
         """Return the mean shift as a steering vector; see `SteeringVector.from_shift`."""
@@ -89,9 +92,10 @@ class SafetyShift:
         return shift_norm_figure(self)
 
     def _repr_html_(self) -> str:
+        where = "the last column of padded batches, pads included" if self.padding else "the last prompt token"
         return (
             f"<b>Safety shift of {self.condition.name}</b>: {len(self.norms)} prompts "
-            f"({self.prompts['name']}, sha256 {str(self.prompts['sha256'])[:12]}), read at the last prompt token, "
+            f"({self.prompts['name']}, sha256 {str(self.prompts['sha256'])[:12]}), read at {where}, "
             f"{self.sites[0]} ... {self.sites[-1]}<br>next: <code>.steering_vector()</code>, "
             "<code>.plot_norms()</code>, <code>.to_dataframe()</code>"
         )
@@ -104,7 +108,7 @@ def safety_shift(
     condition: PromptCondition,
     *,
     sites: tuple[Site, ...] | None = None,
-    max_batch_tokens: int = 4096,
+    max_batch_tokens: int | None = None,
     report: Reporter = silent,
 ) -> SafetyShift:
     """Measure the shift between the plain and the prompted run of every prompt.
@@ -115,13 +119,13 @@ def safety_shift(
         prompts: the prompts; for a vector, the training split.
         condition: the safety prompt.
         sites: where to read; the output of every block by default.
-        max_batch_tokens: padded tokens per forward pass.
+        max_batch_tokens: padded tokens per forward pass; by default what suits the device.
         report: progress callback.
 
     Raises:
         WorkbenchError: the condition adds nothing; otherwise as `capture`.
     """
-    _check_request(prompts, condition)
+    check_shift_request(prompts, condition)
     chosen = all_sites(loaded.identity.n_layers) if sites is None else tuple(sites)
     plain = [renderer.render(prompt) for prompt in prompts]
     safe = [renderer.render(prompt, condition) for prompt in prompts]
@@ -177,7 +181,8 @@ def shift_from_readings(
     )
 
 
-def _check_request(prompts: PromptSet, condition: PromptCondition) -> None:
+def check_shift_request(prompts: PromptSet, condition: PromptCondition) -> None:
+    """Raise a WorkbenchError for things that are not prompts or conditions, and for a condition that adds nothing."""
     require_type(prompts, PromptSet, "a PromptSet", "wrap texts with PromptSet.from_texts([...])")
     require_type(condition, PromptCondition, "a PromptCondition", "presets are PromptCondition.preset(name)")
     if condition.is_plain:
@@ -292,7 +297,7 @@ def shift_map(
     Raises:
         WorkbenchError: as `safety_shift` and `align`.
     """
-    _check_request(prompts, condition)
+    check_shift_request(prompts, condition)
     if len({site.layer for site in direction.sites}) < len(direction.sites):
         raise WorkbenchError("A shift map has one site per layer; choose resid_pre, resid_mid or resid_post.")
     null_directions = random_unit_directions(n_null, len(direction.sites), loaded.identity.d_model, seed=seed)
@@ -307,7 +312,7 @@ def shift_map(
         report(task, start, len(plain))
         pairs = list(zip(plain[start : start + step], safe[start : start + step], strict=True))
         aligned = [align(a, b) for a, b in pairs]
-        headers = [_common_header(a, b) for a, b in pairs]
+        headers = [common_header(a, b) for a, b in pairs]
         first = [(*m.first, *h[0]) for m, h in zip(aligned, headers, strict=True)]
         second = [(*m.second, *h[1]) for m, h in zip(aligned, headers, strict=True)]
         before = capture(loaded, [a for a, _ in pairs], direction.sites, first)
@@ -326,7 +331,7 @@ def shift_map(
     return ShiftMap(pd.concat(frames, ignore_index=True), direction, condition.name, n_excluded, (band,))
 
 
-def _common_header(a: Any, b: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def common_header(a: Any, b: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Match trailing template tokens of the generation header by id, from the end."""
     left, right = a.header_end - 1, b.header_end - 1
     matched: list[tuple[int, int]] = []

@@ -17,8 +17,8 @@ from torch import Tensor
 from sgworkbench.errors import WorkbenchError
 from sgworkbench.models import LoadedModel
 from sgworkbench.prompting.rendering import RenderedPrompt
-from sgworkbench.prompting.token_batch import check_lengths, length_sorted_batches, pad_prompts
-from sgworkbench.steering.generation import next_token_logits
+from sgworkbench.prompting.token_batch import check_lengths
+from sgworkbench.steering.generation import last_logits
 
 REFUSAL_OPENINGS = ("I'm sorry", "I cannot", "I can't", "I am sorry", "Sorry", "Unfortunately", "As an AI")
 COMPLIANCE_OPENINGS = ("Sure", "Here", "To ", "Certainly", "Of course", "Step", "1.", "The ", "Yes")
@@ -38,14 +38,13 @@ def first_tokens(loaded: LoadedModel, openings: Sequence[str]) -> tuple[int, ...
 
 @torch.inference_mode()
 def first_token_logits(
-    loaded: LoadedModel, rendered: Sequence[RenderedPrompt], *, max_batch_tokens: int = 4096
+    loaded: LoadedModel, rendered: Sequence[RenderedPrompt], *, max_batch_tokens: int | None = None
 ) -> Float[Tensor, "prompt d_vocab"]:
     """Return the logits of the first answer token of every prompt, float32 on the CPU; active steering applies."""
     check_lengths(rendered, loaded.identity.context_length)
     logits = torch.empty(len(rendered), loaded.identity.d_vocab)
-    for rows in length_sorted_batches([len(item) for item in rendered], max_tokens=max_batch_tokens):
-        batch = pad_prompts([rendered[row] for row in rows], side="left", device=loaded.identity.device, rows=rows)
-        logits[rows] = next_token_logits(loaded, batch)[:, : loaded.identity.d_vocab].float().cpu()
+    for rows, values in last_logits(loaded, rendered, max_batch_tokens=max_batch_tokens):
+        logits[rows] = values.float().cpu()
     return logits
 
 

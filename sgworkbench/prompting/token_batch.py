@@ -7,20 +7,22 @@ right-padded captures, left-padded prefills and single-token decode steps alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sgworkbench.errors import WorkbenchError
+from sgworkbench.models.memory import is_out_of_memory, release_memory
 from sgworkbench.prompting.rendering import ROLES, RenderedPrompt
 
 Phase = Literal["prefill", "decode"]
+Result = TypeVar("Result")
 PAD = -1
 _ROLE_INDEX = {role: index for index, role in enumerate(ROLES)}
 
@@ -111,6 +113,51 @@ def length_sorted_batches(lengths: Sequence[int], *, max_tokens: int = 4096, max
         rows = max(1, min(max_rows, max_tokens // max(1, lengths[order[start]])))
         yield order[start : start + rows]
         start += rows
+
+
+def run_batches(
+    lengths: Sequence[int], run: Callable[[list[int]], Result], *, max_tokens: int, max_rows: int = 64
+) -> Iterator[tuple[list[int], Result]]:
+    """Run length-sorted batches and yield their indices and results; halve them when memory runs out.
+
+    A batch that fails is run again in smaller ones, and later batches stay as small, so `run` must bear being called
+    again with rows it has already seen.
+
+    Args:
+        lengths: tokens of each item.
+        run: called with the indices of a batch.
+        max_tokens: padded tokens of a batch.
+        max_rows: rows of a batch.
+
+    Raises:
+        WorkbenchError: a single item does not fit into memory.
+    """
+    left = list(length_sorted_batches(lengths, max_tokens=max_tokens, max_rows=max_rows))
+    while left:
+        rows, failed = left[0], False
+        try:
+            result = run(rows)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = True
+        if not failed:
+            yield left.pop(0), result
+            continue
+        # Outside the handler, whose traceback keeps the failed pass's tensors alive.
+        release_memory()
+        longest = lengths[rows[0]]
+        if len(rows) == 1:
+            raise WorkbenchError(
+                f"Memory ran out on a single prompt of {longest} tokens (answer included); use a shorter one, a "
+                "smaller dtype or another device."
+            )
+        max_rows = (len(rows) + 1) // 2
+        rest = [index for batch in left for index in batch]
+        again = length_sorted_batches(
+            [lengths[index] for index in rest], max_tokens=max_rows * longest, max_rows=max_rows
+        )
+        left = [[rest[index] for index in batch] for batch in again]
 
 
 def check_lengths(rendered: Sequence[RenderedPrompt], context_length: int, *, new_tokens: int = 0) -> None:

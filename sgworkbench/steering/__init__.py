@@ -22,6 +22,7 @@ from sgworkbench.steering.operators import (
     moments_of,
     register_operator,
 )
+from sgworkbench.steering.recipe import GateSpec, InterventionSpec, SelectorSpec, SteeringRecipe
 from sgworkbench.steering.selector import Selector
 from sgworkbench.steering.trace import Trace, join_traces, trace_generation
 from sgworkbench.steering.vector import PROTOCOLS, SteeringVector
@@ -37,15 +38,19 @@ __all__ = [
     "Condition",
     "FittedThreshold",
     "Gate",
+    "GateSpec",
     "Generation",
     "GenerationSettings",
     "Intervention",
+    "InterventionSpec",
     "KlCalibration",
     "NullSpace",
     "NullSpaceFit",
     "Operator",
     "Rotate",
     "Selector",
+    "SelectorSpec",
+    "SteeringRecipe",
     "SteeringVector",
     "Trace",
     "alpha_for_fraction",

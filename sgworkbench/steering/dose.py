@@ -26,8 +26,8 @@ from sgworkbench.errors import WorkbenchError
 from sgworkbench.models import LoadedModel
 from sgworkbench.progress import Reporter, silent
 from sgworkbench.prompting.rendering import RenderedPrompt
-from sgworkbench.prompting.token_batch import check_lengths, length_sorted_batches, pad_prompts
-from sgworkbench.steering.generation import next_token_logits
+from sgworkbench.prompting.token_batch import check_lengths
+from sgworkbench.steering.generation import last_logits
 from sgworkbench.steering.hooks import Intervention, steering
 from sgworkbench.steering.layers import LayerChoice, choose_layers
 from sgworkbench.steering.selector import Selector
@@ -40,7 +40,7 @@ class TargetNotReached(WorkbenchError):
 
 @torch.inference_mode()
 def first_token_log_probabilities(
-    loaded: LoadedModel, rendered: Sequence[RenderedPrompt], *, max_batch_tokens: int = 4096
+    loaded: LoadedModel, rendered: Sequence[RenderedPrompt], *, max_batch_tokens: int | None = None
 ) -> Float[Tensor, "prompt d_vocab"]:
     """Return the log-probabilities of the first answer token, float32 on the CPU; active steering applies.
 
@@ -49,9 +49,7 @@ def first_token_log_probabilities(
     """
     check_lengths(rendered, loaded.identity.context_length)
     values = torch.empty(len(rendered), loaded.identity.d_vocab)
-    for rows in length_sorted_batches([len(item) for item in rendered], max_tokens=max_batch_tokens):
-        batch = pad_prompts([rendered[row] for row in rows], side="left", device=loaded.identity.device, rows=rows)
-        logits = next_token_logits(loaded, batch)[:, : loaded.identity.d_vocab]
+    for rows, logits in last_logits(loaded, rendered, max_batch_tokens=max_batch_tokens):
         values[rows] = torch.log_softmax(logits.double(), dim=-1).float().cpu()
     return values
 

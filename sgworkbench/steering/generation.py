@@ -8,7 +8,7 @@ the batch. Whatever steering is active on the model applies, in prefill and in e
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,15 +22,16 @@ from sgworkbench.models import LoadedModel
 from sgworkbench.models.end_tokens import end_token_ids
 from sgworkbench.models.engine import run_blocks
 from sgworkbench.models.kv_cache import PreallocatedCache, surviving_rows
+from sgworkbench.models.memory import automatic_batch_rows, automatic_batch_tokens
 from sgworkbench.progress import Reporter, silent
 from sgworkbench.prompting.rendering import RenderedPrompt, Role
 from sgworkbench.prompting.token_batch import (
     TokenBatch,
     announced_batch,
     check_lengths,
-    length_sorted_batches,
     pad_prompts,
     role_index,
+    run_batches,
 )
 from sgworkbench.steering.roles import RoleTracker
 
@@ -88,8 +89,8 @@ def generate(
     rendered: Sequence[RenderedPrompt],
     settings: GenerationSettings | None = None,
     *,
-    max_batch_tokens: int = 8192,
-    max_rows: int = 32,
+    max_batch_tokens: int | None = None,
+    max_rows: int | None = None,
     report: Reporter = silent,
     task: str = "generating",
 ) -> list[Generation]:
@@ -99,8 +100,8 @@ def generate(
         loaded: the model, with or without active steering.
         rendered: the prompts.
         settings: how to decode.
-        max_batch_tokens: bound on rows x (prompt + new tokens) of a batch.
-        max_rows: bound on rows of a batch.
+        max_batch_tokens: bound on rows x (prompt + new tokens) of a batch; by default what suits the device.
+        max_rows: bound on rows of a batch, likewise. A batch that runs out of memory is run again in halves.
         report: progress callback.
         task: name of the work in the progress display.
 
@@ -112,8 +113,14 @@ def generate(
     answers: dict[int, Generation] = {}
     lengths = [len(item) + chosen.max_new_tokens for item in rendered]
     report(task, 0, len(rendered))
-    for rows in length_sorted_batches(lengths, max_tokens=max_batch_tokens, max_rows=max_rows):
-        for row, (ids, finished) in zip(rows, _decode_batch(loaded, rendered, rows, chosen), strict=True):
+    batches = run_batches(
+        lengths,
+        lambda rows: _decode_batch(loaded, rendered, rows, chosen),
+        max_tokens=max_batch_tokens or automatic_batch_tokens(loaded, cached=True),
+        max_rows=max_rows or automatic_batch_rows(loaded),
+    )
+    for rows, decoded in batches:
+        for row, (ids, finished) in zip(rows, decoded, strict=True):
             text = loaded.tokenizer.decode(list(ids), skip_special_tokens=True)
             answers[row] = Generation(rendered[row].prompt.id, text, ids, finished)
         report(task, len(answers), len(rendered))
@@ -161,6 +168,16 @@ def next_token_logits(
 ) -> Float[Tensor, "batch d_vocab"]:
     """Return the logits after the last column of a left-padded batch; only that column is unembedded.
 
+    Args: as `last_stream`.
+    """
+    return unembed(loaded, last_stream(loaded, batch, cache))[:, 0]
+
+
+def last_stream(
+    loaded: LoadedModel, batch: TokenBatch, cache: PreallocatedCache | None = None
+) -> Float[Tensor, "batch 1 d_model"]:
+    """Return the residual stream after the last block at the last column of a left-padded batch.
+
     Args:
         loaded: the model, with or without active steering.
         batch: prompts, or one decoded token per row.
@@ -177,8 +194,21 @@ def next_token_logits(
                 earlier = cache
     mask = batch.is_real.long() if earlier is None else earlier.whole_mask(batch.is_real)
     with announced_batch(batch):
-        stream = run_blocks(loaded, batch.token_ids, attention_mask=mask, cache=earlier)
-        return unembed(loaded, stream[:, -1:])[:, 0]
+        return run_blocks(loaded, batch.token_ids, attention_mask=mask, cache=earlier)[:, -1:]
+
+
+@torch.inference_mode()
+def last_logits(
+    loaded: LoadedModel, rendered: Sequence[RenderedPrompt], *, max_batch_tokens: int | None = None
+) -> Iterator[tuple[list[int], Float[Tensor, "batch d_vocab"]]]:
+    """Yield, batch by batch, indices of prompts and the logits of their first answer token; active steering applies."""
+
+    def run(rows: list[int]) -> Tensor:
+        batch = pad_prompts([rendered[row] for row in rows], side="left", device=loaded.identity.device, rows=rows)
+        return next_token_logits(loaded, batch)[:, : loaded.identity.d_vocab]
+
+    limit = max_batch_tokens or automatic_batch_tokens(loaded)
+    yield from run_batches([len(item) for item in rendered], run, max_tokens=limit)
 
 
 def unembed(loaded: LoadedModel, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:

@@ -97,7 +97,7 @@ def trace_generation(
     interventions: Intervention | Sequence[Intervention] = (),
     arm: str = "plain",
     prompt_tokens: bool = True,
-    max_batch_tokens: int = 8192,
+    max_batch_tokens: int | None = None,
     report: Reporter = silent,
 ) -> Trace:
     """Generate answers and project every token on the way.
@@ -235,7 +235,10 @@ class _Recorder:
             values.append(projected[real].cpu().numpy())
         row, position, value = np.concatenate(rows), np.concatenate(positions), np.concatenate(values)
         order = np.lexsort((position, row))
-        return row[order], position[order], value[order]
+        row, position, value = row[order], position[order], value[order]
+        # A batch that ran out of memory was run again: of a token seen twice, the second reading counts.
+        last = np.append((np.diff(row) != 0) | (np.diff(position) != 0), True)
+        return row[last], position[last], value[last]
 
 
 def _shortened(loaded: LoadedModel, answer: Generation, n_tokens: int) -> Generation:

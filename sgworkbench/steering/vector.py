@@ -13,10 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgworkbench.analysis.shift import SafetyShift
+from sgworkbench.analysis.padded_extraction import padded_shift
+from sgworkbench.analysis.shift import SafetyShift, safety_shift
 from sgworkbench.analysis.site import SITE_KINDS, Site, SiteKind
 from sgworkbench.errors import WorkbenchError, unknown_name
 from sgworkbench.models import LoadedModel
+from sgworkbench.progress import Reporter, silent
+from sgworkbench.prompting import PromptCondition, PromptSet, Renderer
 from sgworkbench.steering.hooks import Intervention
 from sgworkbench.steering.layers import LayerChoice, choose_layers
 from sgworkbench.steering.operators import Add, Coefficient
@@ -25,8 +28,10 @@ from sgworkbench.tensor_files import read_tensors, write_tensors
 
 _FORMAT = "sgworkbench-steering-vector-1"
 
-Protocol = Literal["same-site", "official"]
+Protocol = Literal["same-site", "official", "official-padded"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+# The one protocol that differs in how vectors are read, not only in where they are written.
+_PADDED: Protocol = "official-padded"
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,11 @@ class SteeringVector:
         layers: block indices the vectors were read at.
         values: one vector per layer, not normalised, float32.
         read_kind: kind of site they were read at.
-        protocol: where they are written: `same-site` (where they were read) or `official` (at the input of the block
-            whose output they were read from, one block earlier, as the published code does).
+        protocol: how they are read and written. `same-site`: read at the last prompt token, written where they were
+            read. `official`: read likewise, written to the input of the block whose output they were read from, one
+            block earlier, as the published code does. `official-padded`: written likewise, but read as the published
+            extraction very likely did, at the last column of a padded batch, pads included (see
+            `analysis.padded_extraction`).
         provenance: JSON-serialisable facts: model, condition, prompt hash, residual norms.
     """
 
@@ -61,26 +69,36 @@ class SteeringVector:
         if not torch.isfinite(self.values).all():
             bad = [layer for layer, v in zip(self.layers, self.values, strict=True) if not torch.isfinite(v).all()]
             raise WorkbenchError(f"The steering vector holds NaN or infinite values at layers {bad}.")
-        if self.protocol == "official" and self.read_kind != "resid_post":
-            raise WorkbenchError(f"The official protocol reads resid_post; this vector was read at {self.read_kind}.")
+        if self.protocol != "same-site" and self.read_kind != "resid_post":
+            raise WorkbenchError(
+                f"The protocol {self.protocol!r} reads resid_post; this vector was read at {self.read_kind}."
+            )
 
     @classmethod
     def from_shift(cls, shift: SafetyShift, protocol: str = "same-site") -> SteeringVector:
         """Return Self-Guard's vector: the mean shift, not normalised, at every layer that was read.
 
         Raises:
-            WorkbenchError: unknown protocol, or a shift read at several kinds of site.
+            WorkbenchError: unknown protocol, a protocol the shift was not read for, or several kinds of site.
         """
+        if protocol in PROTOCOLS and (protocol == _PADDED) != (shift.padding is not None):
+            was = "at the last column of padded batches" if shift.padding else "at the last prompt token"
+            raise WorkbenchError(
+                f"The protocol {protocol!r} needs another reading: this shift was read {was}; "
+                f"use SteeringVector.extract(..., protocol={protocol!r})."
+            )
         kinds = {site.kind for site in shift.sites}
         if len(kinds) != 1:
             raise WorkbenchError(f"A steering vector needs one kind of site, found {', '.join(sorted(kinds))}.")
         provenance = {
-            "method": "mean difference, prompted minus plain, last prompt token",
+            "method": "mean difference, prompted minus plain, "
+            + ("last column of padded batches" if shift.padding else "last prompt token"),
             "condition": shift.condition.to_dict(),
             "prompts": shift.prompts,
             "model": shift.model,
             "template_sha256": shift.template_sha256,
             "residual_norms": [round(value, 6) for value in shift.residual_norms.mean(0).tolist()],
+            **({"padding": shift.padding} if shift.padding else {}),
         }
         return cls(
             tuple(site.layer for site in shift.sites),
@@ -90,8 +108,38 @@ class SteeringVector:
             provenance,
         )
 
+    @classmethod
+    def extract(
+        cls,
+        loaded: LoadedModel,
+        renderer: Renderer,
+        prompts: PromptSet,
+        condition: PromptCondition,
+        protocol: str = "same-site",
+        *,
+        report: Reporter = silent,
+    ) -> SteeringVector:
+        """Read the vectors of a safety prompt at the output of every block, in the way the protocol asks for.
+
+        Raises:
+            WorkbenchError: unknown protocol; otherwise as `safety_shift`.
+        """
+        if protocol not in PROTOCOLS:
+            raise unknown_name("protocol", protocol, PROTOCOLS)
+        read = padded_shift if protocol == _PADDED else safety_shift
+        return cls.from_shift(read(loaded, renderer, prompts, condition, report=report), protocol)
+
     def with_protocol(self, protocol: str) -> SteeringVector:
-        """Return the same vectors, written by another protocol."""
+        """Return the same vectors, written by another protocol.
+
+        Raises:
+            WorkbenchError: unknown protocol, or one that reads differently from the vector's own.
+        """
+        if protocol in PROTOCOLS and protocol != self.protocol and _PADDED in (protocol, self.protocol):
+            raise WorkbenchError(
+                f"A vector of protocol {self.protocol!r} cannot become {protocol!r}: {_PADDED!r} is another reading "
+                f"(pads included), not only another place of writing; extract a vector with protocol {protocol!r}."
+            )
         return replace(self, protocol=protocol)  # type: ignore[arg-type]
 
     def read_site(self, layer: int) -> Site:
@@ -100,7 +148,7 @@ class SteeringVector:
 
     def write_site(self, layer: int) -> Site:
         """Return the site the vector of `layer` is written to."""
-        return Site(layer, "resid_pre") if self.protocol == "official" else self.read_site(layer)
+        return self.read_site(layer) if self.protocol == "same-site" else Site(layer, "resid_pre")
 
     def at(self, layer: int) -> Float[Tensor, "d_model"]:
         """Return the vector of one layer.
@@ -192,8 +240,8 @@ class SteeringVector:
             }
         )
 
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file with all facts in its metadata, atomically."""
+    def packed(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the tensors and the metadata that a file holds."""
         metadata = {
             "format": _FORMAT,
             "layers": json.dumps(list(self.layers)),
@@ -201,7 +249,11 @@ class SteeringVector:
             "protocol": self.protocol,
             "provenance": json.dumps(dict(self.provenance)),
         }
-        write_tensors(path, {"values": self.values}, metadata)
+        return {"values": self.values}, metadata
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with all facts in its metadata, atomically."""
+        write_tensors(path, *self.packed())
 
     @classmethod
     def load(cls, path: str | Path) -> SteeringVector:
@@ -210,7 +262,17 @@ class SteeringVector:
         Raises:
             WorkbenchError: missing, truncated or foreign file, or damaged metadata.
         """
-        tensors, metadata = read_tensors(path, _FORMAT, ("values",))
+        return cls.unpacked(*read_tensors(path, _FORMAT, ("values",)), path=path)
+
+    @classmethod
+    def unpacked(
+        cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, path: str | Path
+    ) -> SteeringVector:
+        """Return what `packed` took apart; `path` names the file in errors.
+
+        Raises:
+            WorkbenchError: tensors and metadata that do not belong together.
+        """
         try:
             layers = tuple(int(layer) for layer in json.loads(metadata["layers"]))
             provenance = json.loads(metadata["provenance"])

@@ -10,7 +10,7 @@ import torch
 from tiny_models import build_tiny_model
 
 from sgworkbench import PromptCondition, Site, SteeringVector, Workbench, WorkbenchError, contrast_set
-from sgworkbench.steering import Ablate, GenerationSettings, Intervention
+from sgworkbench.steering import Ablate, GenerationSettings, Intervention, SteeringRecipe
 
 SAFE = PromptCondition.preset("self-reminder")
 
@@ -54,6 +54,23 @@ def test_measuring_on_training_prompts_is_refused(wb: Workbench, splits: tuple[A
     awareness, refusal, _ = fitted
     with pytest.raises(WorkbenchError, match="train and test must not share"):
         wb.gap(splits[0], SAFE, refusal, awareness)
+
+
+def test_a_recipe_steers_as_its_vector_does(wb: Workbench, fitted: Any) -> None:
+    vector = fitted[2]
+    recipe = SteeringRecipe.additive(vector, 1, 0.5)
+    tokens = torch.tensor([[5, 6, 7]])
+    with wb.steer(vector, layers=1, alpha=0.5):
+        one = wb.model(tokens)
+    with wb.steer(recipe):
+        other = wb.model(tokens)
+    assert torch.equal(one, other)
+    assert not torch.equal(one, wb.model(tokens))
+    for arguments in ({"layers": 1}, {"alpha": 0.5}):
+        with pytest.raises(WorkbenchError, match="has its own layers"), wb.steer(recipe, **arguments):
+            pass
+        with pytest.raises(WorkbenchError, match="needs layers"), wb.steer(vector, **arguments):
+            pass
 
 
 def test_steering_is_undone_also_after_an_error(wb: Workbench, fitted: Any) -> None:

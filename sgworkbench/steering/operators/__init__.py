@@ -4,7 +4,7 @@ from sgworkbench.steering.operators.ablate import Ablate
 from sgworkbench.steering.operators.ace import AffineConceptEdit
 from sgworkbench.steering.operators.add import Add
 from sgworkbench.steering.operators.add_preserving_norm import AddPreservingNorm
-from sgworkbench.steering.operators.base import Coefficient, Operator
+from sgworkbench.steering.operators.base import Coefficient, Ingredients, Operator
 from sgworkbench.steering.operators.clamp import Clamp
 from sgworkbench.steering.operators.null_space import NullSpace, NullSpaceFit, fit_null_space, moments_of
 from sgworkbench.steering.operators.registry import OPERATORS, get_operator, register_operator
@@ -18,6 +18,7 @@ __all__ = [
     "AffineConceptEdit",
     "Clamp",
     "Coefficient",
+    "Ingredients",
     "NullSpace",
     "NullSpaceFit",
     "Operator",

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgworkbench.analysis.site import Site
-from sgworkbench.steering.operators.base import Operator, checked_directions, projection
+from sgworkbench.steering.operators.base import Ingredients, Operator, checked_directions, projection
 from sgworkbench.steering.operators.registry import register_operator
 
 
@@ -31,6 +31,14 @@ class Ablate(Operator):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "directions", checked_directions(self.name, self.directions))
+
+    @classmethod
+    def build(cls, given: Ingredients) -> Ablate:
+        """Make it from directions; it has no coefficient."""
+        given.known_parameters()
+        given.no_coefficient()
+        directions = given.need_directions()
+        return cls({site: directions.at(site) for site in given.sites})
 
     @property
     def by_site(self) -> Mapping[Site, Float[Tensor, "d_model"]]:

@@ -20,6 +20,7 @@ from sgworkbench.analysis.site import Site
 from sgworkbench.errors import WorkbenchError
 from sgworkbench.steering.operators.base import (
     Coefficient,
+    Ingredients,
     Operator,
     checked_coefficient,
     checked_directions,
@@ -70,6 +71,12 @@ class AffineConceptEdit(Operator):
         fitted = {site: fitted_at(directions, site) for site in sites}
         units, zero, separation = ({site: values[i] for site, values in fitted.items()} for i in range(3))
         return cls(units, zero, separation, level)  # type: ignore[arg-type]
+
+    @classmethod
+    def build(cls, given: Ingredients) -> AffineConceptEdit:
+        """Make it from directions; the coefficient is the level, in separation units."""
+        given.known_parameters()
+        return cls.from_directions(given.need_directions(), given.sites, given.coefficient)
 
     @property
     def by_site(self) -> Mapping[Site, Float[Tensor, "d_model"]]:

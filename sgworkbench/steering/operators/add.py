@@ -16,6 +16,7 @@ from torch import Tensor
 from sgworkbench.analysis.site import Site
 from sgworkbench.steering.operators.base import (
     Coefficient,
+    Ingredients,
     Operator,
     checked_coefficient,
     checked_vectors,
@@ -42,6 +43,12 @@ class Add(Operator):
     def __post_init__(self) -> None:
         object.__setattr__(self, "vectors", checked_vectors(self.name, self.vectors))
         object.__setattr__(self, "coefficient", checked_coefficient(self.name, self.coefficient))
+
+    @classmethod
+    def build(cls, given: Ingredients) -> Add:
+        """Make it from vectors and a coefficient."""
+        given.known_parameters()
+        return cls(given.need_vectors(), given.coefficient)
 
     @property
     def by_site(self) -> Mapping[Site, Float[Tensor, "d_model"]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import ClassVar, TypeAlias
 
@@ -14,11 +15,72 @@ from torch import Tensor
 
 from sgworkbench.analysis.directions import Directions
 from sgworkbench.analysis.site import Site
-from sgworkbench.errors import WorkbenchError, require_type
+from sgworkbench.errors import WorkbenchError, require_type, unknown_name
 from sgworkbench.prompting.token_batch import current_batch
 
 Coefficient: TypeAlias = float | Float[Tensor, "prompt"]
 """One number for all prompts, or one per prompt of the call, in the order of the prompts."""
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What a written specification offers to the operator it names.
+
+    Attributes:
+        operator: name of the operator.
+        sites: where it is to act.
+        coefficient: its strength: alpha of an addition, level of an affine edit, angle of a rotation in degrees.
+        vectors: vector per site, when the specification names vectors.
+        directions: fitted directions, when it names some.
+        second: a second vector per site, for operators that act in a plane or read with one vector and write another.
+        parameters: everything else it says.
+    """
+
+    operator: str
+    sites: tuple[Site, ...]
+    coefficient: Coefficient = 1.0
+    vectors: Mapping[Site, Float[Tensor, "d_model"]] | None = None
+    directions: Directions | None = None
+    second: Mapping[Site, Float[Tensor, "d_model"]] | None = None
+    parameters: Mapping[str, float | str] = field(default_factory=dict)
+
+    def need_vectors(self) -> dict[Site, Tensor]:
+        """Return the vectors, or raise a WorkbenchError that says they are missing."""
+        if self.vectors is None:
+            raise WorkbenchError(f"The operator {self.operator!r} needs a vector; name one with `vector`.")
+        return dict(self.vectors)
+
+    def need_directions(self) -> Directions:
+        """Return the directions, or raise a WorkbenchError that says they are missing."""
+        if self.directions is None:
+            raise WorkbenchError(
+                f"The operator {self.operator!r} needs fitted directions; name some with `directions`."
+            )
+        return self.directions
+
+    def need_second(self, what: str) -> dict[Site, Tensor]:
+        """Return the second vectors, or raise a WorkbenchError that says `what` they would be."""
+        if self.second is None:
+            raise WorkbenchError(f"The operator {self.operator!r} needs {what}; name it with `second`.")
+        return dict(self.second)
+
+    def known_parameters(self, *known: str) -> dict[str, float | str]:
+        """Return the parameters.
+
+        Raises:
+            WorkbenchError: one that the operator does not have.
+        """
+        for name in self.parameters:
+            if name not in known:
+                if not known:
+                    raise WorkbenchError(f"The operator {self.operator!r} has no parameters; found {name!r}.")
+                raise unknown_name(f"parameter of {self.operator!r}", name, known)
+        return dict(self.parameters)
+
+    def no_coefficient(self) -> None:
+        """Refuse a coefficient, for operators that have none."""
+        if isinstance(self.coefficient, Tensor) or self.coefficient != 1.0:
+            raise WorkbenchError(f"The operator {self.operator!r} has no coefficient; leave it out.")
 
 
 class Operator(ABC):
@@ -49,6 +111,18 @@ class Operator(ABC):
     def n_prompts(self) -> int | None:
         """How many prompts it holds a coefficient each for; None when it treats all prompts alike."""
         return None
+
+    @classmethod
+    def build(cls, given: Ingredients) -> Operator:
+        """Make the operator that a written specification (`steering.recipe`) describes.
+
+        Raises:
+            WorkbenchError: something it needs is missing, or the class cannot be made from a specification.
+        """
+        raise WorkbenchError(
+            f"The operator {given.operator!r} cannot be written in a file; define the class method `build` on "
+            f"{cls.__name__}, or make it in Python."
+        )
 
     @abstractmethod
     def change(self, stream: Float[Tensor, "batch pos d_model"], site: Site) -> Float[Tensor, "#batch #pos d_model"]:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sgworkbench.analysis.directions import Directions
 from sgworkbench.analysis.site import Site
-from sgworkbench.errors import WorkbenchError
-from sgworkbench.steering.operators.base import Operator, checked_directions, fitted_at, projection
+from sgworkbench.errors import WorkbenchError, require_type
+from sgworkbench.steering.operators.base import Ingredients, Operator, checked_directions, fitted_at, projection
 from sgworkbench.steering.operators.registry import register_operator
 
 
@@ -67,6 +67,16 @@ class Clamp(Operator):
             if high is not None:
                 caps[site] = zero + high * separation
         return cls(units, floors, caps)
+
+    @classmethod
+    def build(cls, given: Ingredients) -> Clamp:
+        """Make it from directions and the parameters `low` and `high`, in separation units."""
+        bounds = given.known_parameters("low", "high")
+        given.no_coefficient()
+        for name, value in bounds.items():
+            require_type(value, (int, float), f"a number for {name!r}", "give it in separation units")
+        low, high = (None if bounds.get(name) is None else float(bounds[name]) for name in ("low", "high"))
+        return cls.from_directions(given.need_directions(), given.sites, low=low, high=high)
 
     @property
     def by_site(self) -> Mapping[Site, Float[Tensor, "d_model"]]:

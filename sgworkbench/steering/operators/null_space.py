@@ -29,6 +29,7 @@ from sgworkbench.analysis.site import Site
 from sgworkbench.errors import WorkbenchError
 from sgworkbench.steering.operators.base import (
     Coefficient,
+    Ingredients,
     Operator,
     checked_coefficient,
     checked_vectors,
@@ -61,6 +62,12 @@ class NullSpace(Operator):
         object.__setattr__(self, "coefficient", checked_coefficient(self.name, self.coefficient))
         if set(self.vectors) != set(self.readers):
             raise WorkbenchError("Null-space steering needs a vector and a reader at the same sites.")
+
+    @classmethod
+    def build(cls, given: Ingredients) -> NullSpace:
+        """Make it from vectors, readers (as second vectors) and a coefficient."""
+        given.known_parameters()
+        return cls(given.need_vectors(), given.need_second("the readers that a fit returns"), given.coefficient)
 
     @property
     def by_site(self) -> Mapping[Site, Float[Tensor, "d_model"]]:

@@ -23,6 +23,7 @@ from sgworkbench.analysis.site import Site
 from sgworkbench.errors import WorkbenchError, unknown_name
 from sgworkbench.steering.operators.base import (
     Coefficient,
+    Ingredients,
     Operator,
     checked_coefficient,
     checked_directions,
@@ -75,6 +76,14 @@ class Rotate(Operator):
         object.__setattr__(self, "first", first)
         object.__setattr__(self, "second", second)
         object.__setattr__(self, "angle", checked_coefficient(self.name, self.angle))
+
+    @classmethod
+    def build(cls, given: Ingredients) -> Rotate:
+        """Make it from directions and a second vector that opens the plane; the coefficient is the angle in degrees."""
+        turn = given.known_parameters("turn").get("turn", "target")
+        directions = given.need_directions()
+        first = {site: directions.at(site) for site in given.sites}
+        return cls(first, given.need_second("the second direction of its plane"), given.coefficient, turn)  # type: ignore[arg-type]
 
     @property
     def by_site(self) -> Mapping[Site, Float[Tensor, "d_model"]]:

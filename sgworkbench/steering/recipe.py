@@ -1,0 +1,351 @@
+"""Steering in writing: specifications of interventions, and recipes that carry everything needed to apply them.
+
+A specification names an operator, its vectors or directions, layers, dose, tokens and gate. A recipe is one safetensors
+file that holds specifications together with the tensors they name and their origin, so that a calibrated setting can be
+handed on and applied to the same model without fitting anything again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from sgworkbench.analysis.directions import Directions
+from sgworkbench.analysis.site import Site, SiteKind
+from sgworkbench.errors import WorkbenchError, unknown_name
+from sgworkbench.models import LoadedModel
+from sgworkbench.prompting import PromptCondition
+from sgworkbench.prompting.rendering import Role
+from sgworkbench.prompting.token_batch import Phase
+from sgworkbench.steering.gate import Comparison, Condition, Decision, DecisionToken, Gate, Measure
+from sgworkbench.steering.hooks import Intervention
+from sgworkbench.steering.layers import LayerChoice, choose_layers, choose_sites
+from sgworkbench.steering.operators import Coefficient, Ingredients, get_operator
+from sgworkbench.steering.selector import Selector, TokenChoice
+from sgworkbench.steering.vector import SteeringVector
+from sgworkbench.tensor_files import read_tensors, write_tensors
+
+_FORMAT = "sgworkbench-steering-recipe-1"
+
+Sources = Mapping[str, SteeringVector | Directions]
+"""Vectors and directions by the names that specifications use for them."""
+
+DoseUnit = Literal["raw", "fraction"]
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SelectorSpec(_Spec):
+    """The tokens to steer; see `Selector`."""
+
+    tokens: TokenChoice = "all"
+    roles: tuple[Role, ...] = ()
+    positions: tuple[int, ...] = ()
+    phases: tuple[Phase, ...] = ("prefill", "decode")
+
+    def build(self) -> Selector:
+        """Return the selector."""
+        return Selector(self.tokens, self.roles, self.positions, self.phases)
+
+
+class GateSpec(_Spec):
+    """When to steer; see `Gate`.
+
+    Attributes:
+        directions: name of the fitted directions that are read.
+        layer: layer at which they are read.
+        kind: kind of site at which they are read.
+        threshold: what the score is compared with.
+    """
+
+    directions: str
+    layer: int = Field(ge=0)
+    kind: SiteKind = "resid_post"
+    threshold: float
+    measure: Measure = "separation_units"
+    comparison: Comparison = "at_least"
+    decided: Decision = "prompt"
+    at: DecisionToken | None = None
+    watch: SelectorSpec = SelectorSpec()
+
+    def build(self, sources: Sources) -> Gate:
+        """Return the gate.
+
+        Raises:
+            WorkbenchError: no such directions, or as `Gate`.
+        """
+        directions = _source(sources, self.directions, Directions)
+        condition = Condition(directions, Site(self.layer, self.kind), self.measure)
+        return Gate(condition, self.threshold, self.comparison, self.decided, self.at, self.watch.build())
+
+
+class InterventionSpec(_Spec):
+    """One intervention in writing.
+
+    Attributes:
+        operator: a registered operator's name.
+        vector: name of the steering vector it uses.
+        directions: name of the fitted directions it uses.
+        second: name of a second vector or second directions, for operators that need one.
+        layers: layers to act at; see `LayerChoice`.
+        coefficient: its strength.
+        unit: `raw`, or `fraction`: each layer's vector is scaled to this share of the residual norm that the vector
+            recorded at its read site.
+        protocol: where vectors are written; the vector's own by default.
+        kind: kind of site for operators that use directions only.
+        parameters: further settings of the operator.
+        selector: the tokens it may act on.
+        gate: the condition under which it acts.
+    """
+
+    operator: str = "add"
+    vector: str | None = None
+    directions: str | None = None
+    second: str | None = None
+    layers: int | float | str | tuple[int | float, ...]
+    coefficient: float = Field(1.0, allow_inf_nan=False)
+    unit: DoseUnit = "raw"
+    protocol: str | None = None
+    kind: SiteKind = "resid_post"
+    parameters: dict[str, float | str] = Field(default_factory=dict)
+    selector: SelectorSpec = SelectorSpec()
+    gate: GateSpec | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the vectors and directions it uses."""
+        gate = None if self.gate is None else self.gate.directions
+        return tuple(dict.fromkeys(n for n in (self.vector, self.directions, self.second, gate) if n is not None))
+
+    def build(self, sources: Sources, n_layers: int, *, coefficient: Coefficient | None = None) -> Intervention:
+        """Return the intervention.
+
+        Args:
+            sources: the vectors and directions by name.
+            n_layers: number of blocks of the model.
+            coefficient: instead of the written one, for sweeps and coefficients per prompt.
+
+        Raises:
+            WorkbenchError: an unknown name, something the operator needs is missing, or layers outside the model.
+        """
+        layers = choose_layers(self.layers, n_layers)
+        strength: Coefficient = self.coefficient if coefficient is None else coefficient
+        vectors: dict[Site, Tensor] | None = None
+        sites = choose_sites(list(layers), n_layers, self.kind)
+        if self.vector is not None:
+            vector = _source(sources, self.vector, SteeringVector)
+            vector = vector if self.protocol is None else vector.with_protocol(self.protocol)
+            sites = tuple(vector.write_site(layer) for layer in layers)
+            vectors = {vector.write_site(layer): self._scaled(vector, layer) for layer in layers}
+        elif self.protocol is not None or self.unit != "raw":
+            raise WorkbenchError("A protocol and the unit 'fraction' belong to a vector; name one with `vector`.")
+        given = Ingredients(
+            self.operator,
+            sites,
+            strength,
+            vectors,
+            None if self.directions is None else _source(sources, self.directions, Directions),
+            self._second(sources, layers, sites),
+            self.parameters,
+        )
+        gate = None if self.gate is None else self.gate.build(sources)
+        return Intervention(get_operator(self.operator).build(given), self.selector.build(), gate)
+
+    def _scaled(self, vector: SteeringVector, layer: int) -> Tensor:
+        if self.unit == "raw":
+            return vector.at(layer)
+        norms = vector.provenance.get("residual_norms")
+        if not isinstance(norms, list) or len(norms) != len(vector.layers):
+            raise WorkbenchError(
+                f"The unit 'fraction' needs the residual norms of {self.vector!r}, which it does not record; give the "
+                "coefficient in the unit 'raw'."
+            )
+        value = vector.at(layer)
+        norm = float(value.norm())
+        if norm == 0:
+            raise WorkbenchError(f"The vector {self.vector!r} is zero at layer {layer}; choose another layer.")
+        return value * (float(norms[vector.layers.index(layer)]) / norm)
+
+    def _second(self, sources: Sources, layers: tuple[int, ...], sites: tuple[Site, ...]) -> dict[Site, Tensor] | None:
+        if self.second is None:
+            return None
+        found = _source(sources, self.second, (SteeringVector, Directions))
+        if isinstance(found, SteeringVector):
+            return {site: found.at(layer) for site, layer in zip(sites, layers, strict=True)}
+        return {site: found.at(site) for site in sites}
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> InterventionSpec:
+        """Validate what a person wrote.
+
+        Raises:
+            WorkbenchError: an unknown key (with the nearest one) or a value that does not fit, in one sentence.
+        """
+        return validated(cls, values, "intervention")
+
+
+@dataclass(frozen=True)
+class SteeringRecipe:
+    """Interventions with everything needed to apply them.
+
+    Attributes:
+        name: a short name, for tables and figures.
+        specs: the interventions, in the order in which they act.
+        sources: the vectors and directions they name.
+        condition: the safety prompt they are meant to be used with; None for any.
+        provenance: JSON-serialisable facts: how it was found, on what data, with what result.
+    """
+
+    name: str
+    specs: tuple[InterventionSpec, ...]
+    sources: Sources
+    condition: PromptCondition | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.specs:
+            raise WorkbenchError(f"The recipe {self.name!r} has no intervention; it needs at least one.")
+        for spec in self.specs:
+            get_operator(spec.operator)
+            for name in spec.names:
+                _source(self.sources, name, (SteeringVector, Directions))
+
+    @classmethod
+    def additive(
+        cls,
+        vector: SteeringVector,
+        layers: LayerChoice,
+        alpha: float,
+        *,
+        name: str = "steering",
+        condition: PromptCondition | None = None,
+    ) -> SteeringRecipe:
+        """Return the recipe of Self-Guard's own steering: alpha v_l at the chosen layers, every token."""
+        known = (vector.provenance.get("model") or {}).get("n_layers")
+        chosen = choose_layers(layers, max(vector.layers) + 1 if known is None else int(known))
+        spec = InterventionSpec(vector="vector", layers=chosen, coefficient=alpha)
+        return cls(name, (spec,), {"vector": vector}, condition)
+
+    def interventions(self, loaded: LoadedModel) -> tuple[Intervention, ...]:
+        """Return the interventions for a model, checked against it.
+
+        Raises:
+            WorkbenchError: vectors of another width, layers the model lacks, or another processing of its weights.
+        """
+        for source in self.sources.values():
+            if isinstance(source, SteeringVector):
+                source.check_model(loaded)
+        made = tuple(spec.build(self.sources, loaded.identity.n_layers) for spec in self.specs)
+        for intervention in made:
+            intervention.check(loaded)
+        return made
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return one row per intervention: operator, vector, directions, layers, coefficient, unit, tokens, gate."""
+        rows = []
+        for spec in self.specs:
+            gate = spec.gate
+            opens = ""
+            if gate is not None:
+                opens = f"{gate.directions} at {Site(gate.layer, gate.kind)}, {gate.comparison} {gate.threshold:g}"
+            layers = ",".join(map(str, spec.layers)) if isinstance(spec.layers, tuple) else str(spec.layers)
+            used = (spec.operator, spec.vector, spec.directions)
+            rows.append((*used, layers, spec.coefficient, spec.unit, spec.selector.tokens, opens))
+        columns = ["operator", "vector", "directions", "layers", "coefficient", "unit", "tokens", "gate"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, atomically.
+
+        Raises:
+            WorkbenchError: the file cannot be written, or facts are not JSON-serialisable.
+        """
+        tensors: dict[str, Tensor] = {}
+        packed: dict[str, dict[str, str]] = {}
+        for name, source in self.sources.items():
+            values, metadata = source.packed()
+            tensors |= {f"{name}/{key}": value for key, value in values.items()}
+            packed[name] = {"class": type(source).__name__, **metadata}
+        try:
+            text = json.dumps(
+                {
+                    "name": self.name,
+                    "specs": [spec.model_dump(mode="json") for spec in self.specs],
+                    "sources": packed,
+                    "condition": None if self.condition is None else self.condition.to_dict(),
+                    "provenance": dict(self.provenance),
+                }
+            )
+        except (TypeError, ValueError) as error:
+            raise WorkbenchError(f"The provenance must hold plain JSON values to be saved: {error}.") from None
+        write_tensors(path, tensors, {"format": _FORMAT, "recipe": text})
+
+    @classmethod
+    def load(cls, path: str | Path) -> SteeringRecipe:
+        """Read a file written by `save`.
+
+        Raises:
+            WorkbenchError: missing, truncated or foreign file, or damaged contents.
+        """
+        tensors, metadata = read_tensors(path, _FORMAT)
+        try:
+            written = json.loads(metadata["recipe"])
+            kinds = {kind.__name__: kind for kind in (SteeringVector, Directions)}
+            sources: dict[str, SteeringVector | Directions] = {}
+            for name, facts in written["sources"].items():
+                own = {
+                    key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")
+                }
+                sources[name] = kinds[facts["class"]].unpacked(own, facts, path=path)
+            specs = tuple(InterventionSpec.parse(spec) for spec in written["specs"])
+            condition = None if written["condition"] is None else PromptCondition(**written["condition"])
+            return cls(str(written["name"]), specs, sources, condition, dict(written["provenance"]))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+            raise WorkbenchError(f"{str(path)!r} is damaged ({error!r}); make the recipe again.") from None
+
+    def _repr_html_(self) -> str:
+        where = "any condition" if self.condition is None else f"condition {self.condition.name}"
+        return (
+            f"<b>Steering recipe</b> {self.name}, for {where}<br>{self.to_dataframe().to_html(index=False)}"
+            "next: <code>wb.steer(recipe)</code>, <code>.save(path)</code>"
+        )
+
+
+def validated(kind: type[Model], values: Mapping[str, Any], what: str) -> Model:
+    """Return a pydantic model of what a person wrote.
+
+    Raises:
+        WorkbenchError: an unknown key (with the nearest one) or a value that does not fit, in one sentence.
+    """
+    if not isinstance(values, Mapping):
+        raise WorkbenchError(f"Expected the settings of {what} as a mapping, found {type(values).__name__}.")
+    for name in values:
+        if name not in kind.model_fields:
+            raise unknown_name(f"{what} setting", str(name), kind.model_fields)
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise WorkbenchError(f"{what} setting {where}: {first['msg']}; found {first['input']!r}.") from None
+
+
+def _source(sources: Sources, name: str, kind: Any) -> Any:
+    if name not in sources:
+        raise unknown_name("vector or direction", name, sources)
+    found = sources[name]
+    if not isinstance(found, kind):
+        expected = "a steering vector" if kind is SteeringVector else "fitted directions"
+        raise WorkbenchError(f"Expected {expected} under the name {name!r}, found {type(found).__name__}.")
+    return found
