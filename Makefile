@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint lab bench clean help
+.PHONY: demo test lint lab bench bench-peers clean help
 
 help:
 	@echo "make demo   the whole study on the demo model; ends with the path of a report"
 	@echo "make test   lint, types and all tests"
 	@echo "make bench  measured ratios against TransformerLens and transformers"
+	@echo "make bench-peers  the same against other steering libraries, in environments of their own"
 	@echo "make lab    JupyterLab on the notebooks"
 
 # The environment is made once, and again when what it is made from changes.
@@ -34,6 +35,9 @@ test: lint
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
+
+bench-peers: $(STAMP)
+	$(BIN)/python benchmarks/peers.py
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir notebooks

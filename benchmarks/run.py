@@ -10,22 +10,19 @@ compared with ours before anything is timed.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import platform
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+from peak_memory import PeakMemory
 
 from sgworkbench.analysis import all_sites, capture_moments
 from sgworkbench.evaluation.doctor import hooked_block
@@ -52,34 +49,6 @@ class Record:
     reference_peak_memory_mib: float
     max_difference: float
     turns: int
-
-
-class PeakMemory:
-    """Resident memory above the level at entry, sampled every two milliseconds."""
-
-    def __enter__(self) -> PeakMemory:
-        gc.collect()
-        # Freed memory stays with the allocator, where the next contestant would find it for nothing.
-        if sys.platform == "linux":
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        self._process = psutil.Process()
-        self._base = self.peak = self._process.memory_info().rss
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.002):
-            self.peak = max(self.peak, self._process.memory_info().rss)
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    @property
-    def mib(self) -> float:
-        return (self.peak - self._base) / 2**20
 
 
 def compare(

@@ -26,7 +26,7 @@ import pandas as pd
 import pyarrow.parquet as parquet
 
 from sgworkbench.errors import WorkbenchError, unknown_name
-from sgworkbench.evaluation.text_stream import JsonStream, decoded_lines
+from sgworkbench.evaluation.text_stream import JsonStream, decoded_lines, replace_lone_surrogates
 
 # Field names understood without a mapping, first match wins; a mapping overrides them.
 TEXT_FIELDS = ("text", "response", "completion", "output", "generation", "answer", "model_output")
@@ -95,7 +95,13 @@ def _samples(row: int, record: Mapping[str, Any], fields: Mapping[str, str], whe
                 f"{where}: the response must be text or a list of texts, but {text_field!r} holds {_kind(piece)}."
             )
         given = {key: value for key, value in others.items() if key not in ("row", "sample")}
-        yield {"row": row, "sample": sample, "prompt": _clean(prompt), "text": _clean(piece or ""), **given}
+        yield {
+            "row": row,
+            "sample": sample,
+            "prompt": replace_lone_surrogates(prompt),
+            "text": replace_lone_surrogates(piece or ""),
+            **given,
+        }
 
 
 def _field(ours: str, known: Sequence[str], record: Mapping[str, Any], fields: Mapping[str, str], where: str) -> str:
@@ -116,11 +122,6 @@ def _missing(ours: str, names: Sequence[str], record: Mapping[str, Any], where: 
 
 def _kind(value: object) -> str:
     return "null" if value is None else f"of type {type(value).__name__}"
-
-
-def _clean(text: str) -> str:
-    """Replace lone surrogates (from broken JSON escapes), which no file format can store."""
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

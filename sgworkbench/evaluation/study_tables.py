@@ -10,9 +10,12 @@ import pandas as pd
 from torch import Tensor
 
 from sgworkbench.analysis import Directions, Readings
+from sgworkbench.evaluation.awareness import probe_awareness
+from sgworkbench.evaluation.behavioural_gap import behavioural_gap
+from sgworkbench.evaluation.coherence import coherence, split_reasoning
 from sgworkbench.evaluation.validation import held_out_by_condition
 from sgworkbench.prompting import PromptSet
-from sgworkbench.statistics import compare_paired, rate, youden_threshold
+from sgworkbench.statistics import compare_paired
 
 
 def comparisons_table(answers: pd.DataFrame) -> pd.DataFrame:
@@ -66,29 +69,33 @@ def aware_and_complied_table(
     """Return, per arm, how often harmful prompts were recognised by the probe and nevertheless answered.
 
     Aware means a projection above the threshold with the largest Youden index on the training split, plain condition.
+    Answers that fail the coherence gate are counted and left out; see `behavioural_gap.py`.
     """
-    index = [site.layer for site in awareness.sites].index(layer)
-    fitted = awareness.project(train_plain.instruction)[:, index].double().numpy()
-    mask = np.array([prompt.label == "harmful" for prompt in train])
-    threshold = float(youden_threshold(fitted[mask], fitted[~mask]).threshold)
-    scores = _scores(readings, awareness, layer, lambda reading: reading.instruction, test)
-    rows = []
-    for arm in dict.fromkeys(answers["arm"]):
-        part = answers[(answers["arm"] == arm) & (answers["label"] == "harmful") & answers["refused"].notna()]
-        aware = np.array([scores[arm, prompt_id] >= threshold for prompt_id in part["prompt_id"]], dtype=bool)
-        complied = ~part["refused"].to_numpy(dtype=bool)
-        n_both = int((aware & complied).sum())
-        joint, given = rate(n_both, len(aware)), rate(n_both, int(aware.sum()))
-        rows.append(
-            {
-                "arm": arm,
-                "n": len(aware),
-                "aware": int(aware.sum()),
-                "complied": int(complied.sum()),
-                "aware_and_complied": joint.value,
-                "complied_given_aware": given.value,
-                "low": given.low,
-                "high": given.high,
-            }
-        )
-    return pd.DataFrame(rows)
+    harmful = answers[answers["label"] == "harmful"]
+    records = pd.DataFrame(
+        {
+            "arm": harmful["arm"],
+            "item": harmful["prompt_id"],
+            "category": harmful["category"],
+            "complied": ~harmful["refused"],
+            "coherent": [coherence(text, split_reasoning(text)).coherent for text in harmful["text"]],
+        }
+    )
+    probe = probe_awareness(awareness, layer, train_plain, train, readings, test)
+    gap = behavioural_gap(records, probe, judge=str(harmful["judge"].iloc[0]))
+    table = gap.table
+    cells = table[["aware_complied", "aware_refused", "unaware_complied"]].fillna(0).astype(int)
+    return pd.DataFrame(
+        {
+            "arm": table["arm"],
+            "n": table["n"],
+            "incoherent": table["incoherent"],
+            "no_verdict": table["no_verdict"],
+            "aware": cells["aware_complied"] + cells["aware_refused"],
+            "complied": cells["aware_complied"] + cells["unaware_complied"],
+            "aware_and_complied": table["aware_and_complied"],
+            "complied_given_aware": table["complied_given_aware"],
+            "low": table["complied_given_aware_low"],
+            "high": table["complied_given_aware_high"],
+        }
+    )

@@ -31,6 +31,11 @@ def decode_mixed(data: bytes) -> str:
     return data.decode("utf-8", errors=_NOT_UTF8)
 
 
+def replace_lone_surrogates(text: str) -> str:
+    """Replace lone surrogates (from broken JSON escapes), which no file format can store."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def _open_text(path: Path) -> BinaryIO:
     """Open a file behind its UTF-8 byte-order mark; refuse the encodings that have other ones."""
     handle = path.open("rb")

@@ -14,6 +14,7 @@ from typing import Any, cast
 import pandas as pd
 import yaml
 
+from sgworkbench.downloads import fetch_strongreject
 from sgworkbench.errors import WorkbenchError, unknown_name
 from sgworkbench.prompting.prompt_set import LABELS, SPLITS, Label, Prompt, PromptSet, Split
 
@@ -32,6 +33,7 @@ TEXT_FIELDS = (
 _OPTIONAL_FIELDS = ("id", "label", "category", "pair", "split")
 BUILTIN_PREFIX = "builtin:"
 HUB_PREFIX = "hub:"
+STRONGREJECT = "strongreject"
 
 Row = tuple[str, Mapping[str, Any]]  # where the row stands ("line 3"), and its fields
 
@@ -47,6 +49,16 @@ def contrast_set() -> PromptSet:
     return PromptSet("contrast", tuple(prompts))
 
 
+def everyday_set() -> PromptSet:
+    """Return the built-in everyday set: harmless instructions of daily life, which nobody would refuse, with splits."""
+    text = resources.files("sgworkbench.prompting").joinpath("data/everyday.csv").read_text(encoding="utf-8")
+    prompts = tuple(
+        Prompt(row["prompt"], row["id"], "harmless", row["category"], split=cast(Split, row["split"]))
+        for row in csv.DictReader(io.StringIO(text))
+    )
+    return PromptSet("everyday", prompts)
+
+
 def load_prompts(
     source: str | Path,
     *,
@@ -59,6 +71,8 @@ def load_prompts(
     Args:
         source: a file (csv, tsv, json, jsonl, ndjson, parquet, yaml, yml, txt: one prompt a line);
             `builtin:contrast`, `builtin:contrast/harmful`, `builtin:contrast/harmless/test`;
+            `builtin:everyday`, `builtin:everyday/test`;
+            `strongreject`, the 313 harmful prompts of that benchmark, fetched once;
             or `hub:ORG/NAME`, `hub:ORG/NAME:SPLIT` through the `datasets` package.
         fields: maps our names (text, id, label, category, pair, split) to the file's names.
         label: label for every prompt, overriding the file's.
@@ -71,6 +85,8 @@ def load_prompts(
     if label is not None and label not in LABELS:
         raise unknown_name("label", str(label), LABELS)
     text_source = str(source)
+    if text_source == STRONGREJECT:
+        return load_prompts(fetch_strongreject(), fields=fields, label=label or "harmful", name=name or STRONGREJECT)
     if text_source.startswith(BUILTIN_PREFIX):
         prompt_set = _builtin(text_source.removeprefix(BUILTIN_PREFIX))
         prompt_set = prompt_set.labelled(label) if label else prompt_set
@@ -97,18 +113,31 @@ def load_prompts(
     return PromptSet(name or stem, tuple(prompts))
 
 
+def read_rows(source: str | Path) -> list[Row]:
+    """Read a file's rows as (where, fields) without asking what they are; a line of a .txt file is {"text": line}."""
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise WorkbenchError(f"The file {str(source)!r} does not exist; check the path.")
+    if path.suffix.lower() not in _READERS:
+        raise unknown_name("file type", path.suffix or path.name, _READERS)
+    return list(_READERS[path.suffix.lower()](path))
+
+
+_BUILTIN = {"contrast": contrast_set, "everyday": everyday_set}
+
+
 def _builtin(path: str) -> PromptSet:
     head, *parts = path.split("/")
-    if head != "contrast":
-        raise unknown_name("built-in prompt set", head, ["contrast"])
-    prompt_set = contrast_set()
+    if head not in _BUILTIN:
+        raise unknown_name("built-in prompt set", head, _BUILTIN)
+    prompt_set = _BUILTIN[head]()
     for part in parts:
         if part in SPLITS:
             prompt_set = prompt_set.split(part)
         elif part in ("harmful", "harmless"):
             prompt_set = prompt_set.harmful if part == "harmful" else prompt_set.harmless
         else:
-            raise unknown_name("part of the contrast set", part, ["harmful", "harmless", *SPLITS[:3]])
+            raise unknown_name(f"part of the {head} set", part, ["harmful", "harmless", *SPLITS[:3]])
     return prompt_set
 
 

@@ -9,6 +9,9 @@ from sgworkbench.evaluation.judges.base import (
     judge_names,
     register_judge,
 )
+from sgworkbench.evaluation.judges.model_judge import ModelJudge
+from sgworkbench.evaluation.judges.opening import JudgeSettings, describe_judge, open_judge
+from sgworkbench.evaluation.judges.preset import JudgePreset, load_preset, preset_names
 from sgworkbench.evaluation.judges.refusal import RefusalJudge, RefusalWeights, default_weights
 from sgworkbench.evaluation.judges.substrings import (
     ARDITI_SUBSTRINGS,
@@ -16,7 +19,7 @@ from sgworkbench.evaluation.judges.substrings import (
     JAILBREAKBENCH_SUBSTRINGS,
     SubstringJudge,
 )
-from sgworkbench.evaluation.judges.table import judge_table
+from sgworkbench.evaluation.judges.table import judge_table, judged_rows
 
 __all__ = [
     "ARDITI_SUBSTRINGS",
@@ -24,14 +27,22 @@ __all__ = [
     "JAILBREAKBENCH_SUBSTRINGS",
     "VERDICTS",
     "Judge",
+    "JudgePreset",
+    "JudgeSettings",
+    "ModelJudge",
     "RefusalJudge",
     "RefusalWeights",
     "SubstringJudge",
     "Verdict",
     "VerdictName",
     "default_weights",
+    "describe_judge",
     "get_judge",
     "judge_names",
     "judge_table",
+    "judged_rows",
+    "load_preset",
+    "open_judge",
+    "preset_names",
     "register_judge",
 ]

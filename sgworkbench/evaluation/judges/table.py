@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pandas as pd
 
 from sgworkbench.errors import WorkbenchError
 from sgworkbench.evaluation.coherence import coherence, split_reasoning
-from sgworkbench.evaluation.judges.base import Judge
+from sgworkbench.evaluation.judges.base import Judge, Verdict
 
 # Identifying columns that are carried over where the records have them; texts are not.
 KEPT_COLUMNS = ("row", "sample", "id", "arm", "model", "category")
@@ -17,47 +19,83 @@ KEPT_COLUMNS = ("row", "sample", "id", "arm", "model", "category")
 VERDICT_COLUMNS = ("row", "judge", "verdict", "score", "raw", "error")
 
 
-def judge_table(records: pd.DataFrame | Iterable[Mapping[str, Any]], judge: Judge) -> pd.DataFrame:
-    """Judge every record and describe its coherence.
+def judged_rows(
+    records: Iterable[Mapping[str, Any]], judge: Judge, keep: Iterable[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Judge every record, describe its coherence, and yield one row at a time.
 
-    Records are taken one at a time, so that a generator over a large file is never held in memory.
+    Records are taken as they are needed (a judge with `judge_many` takes a few hundred ahead), so that a generator
+    over a large file is never held in memory.
+
+    Args:
+        records: mappings, each with `prompt` and `text`; see `responses.py`.
+        judge: any `Judge`; one that has `judge_many` is asked through it.
+        keep: further columns to carry over, besides `KEPT_COLUMNS`.
+
+    Yields:
+        `row` (position, unless the record has its own), the kept columns, `judge`, `verdict`, `score` (NaN for
+        none), `raw`, `error`, and the columns of `Coherence`.
+
+    Raises:
+        WorkbenchError: a record without `prompt` or `text`, or a judge model that nothing can be had from.
+    """
+    kept_columns = tuple(dict.fromkeys((*KEPT_COLUMNS, *keep)))
+    asked, shown = itertools.tee(_checked(records))
+    pairs = ((record["prompt"], record["text"]) for record in asked)
+    # The verdicts come first in the zip, so that a judge's generator runs to its end.
+    for position, (verdict, record) in enumerate(zip(_verdicts(judge, pairs), shown, strict=True)):
+        text = record["text"]
+        yield {
+            "row": position,
+            **{column: _scalar(record[column]) for column in kept_columns if column in record},
+            "judge": judge.name,
+            "verdict": verdict.verdict,
+            "score": float("nan") if verdict.score is None else verdict.score,
+            "raw": verdict.raw,
+            "error": verdict.error,
+            **vars(coherence(text, split_reasoning(text), record)),
+        }
+
+
+def judge_table(records: pd.DataFrame | Iterable[Mapping[str, Any]], judge: Judge) -> pd.DataFrame:
+    """Judge every record and return the rows of `judged_rows` as a table.
 
     Args:
         records: a table or an iterable of mappings, each with `prompt` and `text`; see `responses.py`.
         judge: any `Judge`.
 
-    Returns:
-        One row per record in input order: `row` (position, unless the record has its own), the kept identifying
-        columns, `judge`, `verdict`, `score` (NaN for none), `raw`, `error`, and the columns of `Coherence`.
-
     Raises:
-        WorkbenchError: a record without `prompt` or `text`.
+        WorkbenchError: as `judged_rows`.
     """
     if isinstance(records, pd.DataFrame):
         columns = [str(column) for column in records.columns]
         values = zip(*(records[column] for column in records.columns), strict=True)
         records = (dict(zip(columns, row, strict=True)) for row in values)
-    rows = []
-    for position, record in enumerate(records):
-        prompt, text = record.get("prompt"), record.get("text")
-        if not isinstance(prompt, str) or not isinstance(text, str):
-            missing = "prompt" if not isinstance(prompt, str) else "text"
-            raise WorkbenchError(
-                f"Record {position} has no {missing!r}; judging needs the columns prompt and text, but it holds "
-                f"{', '.join(map(str, record)) or 'nothing'}."
-            )
-        verdict = judge.judge(prompt, text)
-        kept = {column: record[column] for column in KEPT_COLUMNS if column in record}
-        rows.append(
-            {
-                "row": position,
-                **kept,
-                "judge": judge.name,
-                "verdict": verdict.verdict,
-                "score": float("nan") if verdict.score is None else verdict.score,
-                "raw": verdict.raw,
-                "error": verdict.error,
-                **vars(coherence(text, split_reasoning(text), record)),
-            }
-        )
+    rows = list(judged_rows(records, judge))
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=list(VERDICT_COLUMNS))
+
+
+def _verdicts(judge: Judge, pairs: Iterable[tuple[str, str]]) -> Iterator[Verdict]:
+    many = getattr(judge, "judge_many", None)
+    if many is None:
+        return (judge.judge(prompt, response) for prompt, response in pairs)
+    verdicts: Iterator[Verdict] = many(pairs)
+    return verdicts
+
+
+def _checked(records: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    for position, record in enumerate(records):
+        for name in ("prompt", "text"):
+            if not isinstance(record.get(name), str):
+                raise WorkbenchError(
+                    f"Record {position} has no {name!r}; judging needs the columns prompt and text, but it holds "
+                    f"{', '.join(map(str, record)) or 'nothing'}."
+                )
+        yield record
+
+
+def _scalar(value: Any) -> Any:
+    """A value that a table cell can hold: lists and mappings become JSON text."""
+    if isinstance(value, (dict, list, tuple)):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return value

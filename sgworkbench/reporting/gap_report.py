@@ -1,0 +1,70 @@
+"""Writing a behavioural gap: tables, figures and one self-contained page; no completion is in any of them."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+
+from sgworkbench.evaluation.behavioural_gap import QUANTITIES, BehaviouralGap
+from sgworkbench.plotting import figure_div, plotlyjs_script, save_figure
+from sgworkbench.progress import Reporter, silent
+from sgworkbench.runs import environment
+from sgworkbench.tensor_files import write_text
+
+
+def write_gap_report(
+    gap: BehaviouralGap, folder: str | Path, *, images: bool = True, report: Reporter = silent
+) -> tuple[Path, list[str]]:
+    """Write a behavioural gap into a folder.
+
+    Files: report.html; records.parquet (no texts); summary.csv, by_category.csv, paired_tests.csv; gap.json; and
+    figures/ (HTML, CSV and, where a browser is found, PNG). Each is replaced whole.
+
+    Args:
+        gap: what to write.
+        folder: made if missing.
+        images: also write PNG files.
+        report: told about finished figures.
+
+    Returns the path of the page and notes for the user (for example, that no browser was found for PNG files).
+    """
+    folder = Path(folder)
+    gap.save(folder)
+    rates = gap.to_dataframe()
+    figures = {
+        "gap_table": (gap.plot_table(), gap.table),
+        "gap_rates": (gap.plot_rates(), rates[rates["category"] == "all"]),
+    }
+    notes: list[str] = []
+    formats = ("html", "png") if images else ("html",)
+    for done, (name, (figure, frame)) in enumerate(figures.items()):
+        report("writing figures", done, len(figures))
+        saved = save_figure(figure, folder / "figures" / name, formats, frame, include_plotlyjs="directory")
+        notes += [note for note in saved.notes if note not in notes]
+    report("writing figures", len(figures), len(figures))
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        resources.files("sgworkbench.reporting").joinpath("gap_report.html.j2").read_text(encoding="utf-8")
+    )
+    categories = [name for name in dict.fromkeys(gap.by_category["category"]) if name]
+    page = folder / "report.html"
+    write_text(
+        page,
+        template.render(
+            plotlyjs=plotlyjs_script(),
+            figures={
+                name: figure_div(figure, follow_color_scheme=True, div_id=name) for name, (figure, _) in figures.items()
+            },
+            gap=gap,
+            rows=gap.table.to_dict("records"),
+            categories=gap.by_category[gap.by_category["category"] != ""].to_dict("records") if categories else [],
+            comparisons=gap.comparisons.to_dict("records"),
+            quantities=dict(zip(QUANTITIES, _WORDS, strict=True)),
+            environment=environment(),
+        ),
+    )
+    return page, notes
+
+
+_WORDS = ("aware", "complied", "aware and complied", "complied, of those both arms were aware of")
