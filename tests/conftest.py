@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 
-# Parallel workers share the machine; each gets its fair part of the cores, and never more.
+# Parallel workers share the machine; each gets its fair part of the cores, or what OMP_NUM_THREADS asks for if less.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_ASKED = os.environ.get("OMP_NUM_THREADS", "")
 _THREADS = max(1, (os.cpu_count() or 1) // _WORKERS)
-os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))
+_THREADS = min(_THREADS, int(_ASKED)) if _ASKED.isdigit() and int(_ASKED) else _THREADS
+os.environ["OMP_NUM_THREADS"] = str(_THREADS)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from jaxtyping import install_import_hook  # noqa: E402

@@ -12,8 +12,11 @@ What is assumed, because it cannot be known:
 - the model sees nothing but those tokens (no suffixes added by the extraction code, no altered special tokens).
 
 The mean over such readings depends on the order of the prompts and on the size of the batches, since both decide at
-how many pads' distance a row is read: sorting a file gives another vector. The published last key is taken after the
-final norm; here the last block's output is read, as everywhere in this package.
+how many pads' distance a row is read: sorting a file gives another vector. It depends on the tokenizer, too: id 0 is
+an ordinary token ("!") for Qwen3, but the end-of-text token for SmolLM2, whose activations are many times larger.
+
+The published last key is taken after the final norm; here the last block's output is read, as everywhere in this
+package.
 """
 
 from __future__ import annotations

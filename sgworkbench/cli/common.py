@@ -28,7 +28,9 @@ ModelOption = Annotated[
 ConditionOption = Annotated[
     str, typer.Option("--condition", help="Safety prompt: a preset's name, or a YAML or JSON file.")
 ]
-ProtocolOption = Annotated[str, typer.Option(help="Where vectors are written: same-site or official.")]
+ProtocolOption = Annotated[
+    str, typer.Option(help="How vectors are read and written: same-site, official or official-padded.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a machine-readable summary to standard output.")]
 TemplateOption = Annotated[
     Path | None, typer.Option("--chat-template", help="Jinja file used instead of the tokenizer's template.")

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -35,6 +35,9 @@ from sgworkbench.cli.common import (
 from sgworkbench.errors import WorkbenchError
 from sgworkbench.progress import ConsoleProgress
 
+if TYPE_CHECKING:
+    from sgworkbench.steering import Intervention
+
 
 @app.command()
 @one_sentence
@@ -54,10 +57,13 @@ def extract(
     json_output: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Extract steering vectors: the mean shift a safety prompt causes at the last prompt token, for every layer."""
-    from sgworkbench.analysis import safety_shift
+    """Extract steering vectors: the mean shift a safety prompt causes at the last prompt token, for every layer.
+
+    With --protocol official-padded, activations are read at the last column of padded batches of 16 in file order, as
+    the published extraction very likely did; the vectors then depend on the order of the prompts.
+    """
     from sgworkbench.errors import unknown_name
-    from sgworkbench.steering import PROTOCOLS
+    from sgworkbench.steering import PROTOCOLS, SteeringVector
 
     if protocol not in PROTOCOLS:
         raise unknown_name("protocol", protocol, PROTOCOLS)
@@ -72,15 +78,14 @@ def extract(
         quiet=quiet,
     )
     with ConsoleProgress(quiet=quiet) as progress:
-        shift = safety_shift(loaded, renderer, prompt_set, chosen, report=progress)
-    vector = shift.steering_vector(protocol)
+        vector = SteeringVector.extract(loaded, renderer, prompt_set, chosen, protocol, report=progress)
     vector.save(out)
     table = vector.to_dataframe()
     if json_output:
         print_json({"out": str(out), "protocol": protocol, **vector.provenance, "layers": table.to_dict("records")})
     else:
         console = Console()
-        shown = Table(title=f"{chosen.name}: mean shift over {len(prompt_set)} prompts, last prompt token")
+        shown = Table(title=f"{chosen.name}, {len(prompt_set)} prompts: {vector.provenance['method']}")
         for column in table.columns:
             shown.add_column(str(column))
         for row in table.itertuples(index=False):
@@ -96,10 +101,17 @@ def generate_command(
     out: Annotated[Path, typer.Option(help="Answers, one JSON object a line, in the order of the prompts.")],
     model: ModelOption = "demo",
     condition: Annotated[str | None, typer.Option("--condition", help="Safety prompt; none by default.")] = None,
-    vector: Annotated[Path | None, typer.Option(help="Steering vectors made by extract.")] = None,
+    vector: Annotated[
+        Path | None, typer.Option(help="Steering vectors: made by extract, or any format of `vector`.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A steering recipe, in place of --vector and its settings.")
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="Layers to steer, such as 20 or 10-14,20.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Steering coefficient, raw.")] = None,
-    protocol: Annotated[str | None, typer.Option(help="same-site or official; the vector's own by default.")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="Write the vector by another protocol than its own: same-site or official.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answers at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus; 1 is everything.")] = 1.0,
@@ -116,16 +128,20 @@ def generate_command(
 ) -> None:
     """Generate answers, with or without a safety prompt and steering. Answers go to the file, not to the screen."""
     from sgworkbench.analysis import parse_layers
-    from sgworkbench.steering import GenerationSettings, SteeringVector, generate, steering
+    from sgworkbench.interchange import read_vector
+    from sgworkbench.steering import GenerationSettings, SteeringRecipe, generate, steering
     from sgworkbench.tensor_files import write_text
 
     settings = GenerationSettings(max_new_tokens, temperature, top_p, seed)
     chosen, prompt_set = read_condition(condition, system_in_user), read_prompts(prompts, text_field)
+    if recipe is not None and (vector, layers, alpha, protocol) != (None, None, None, None):
+        raise WorkbenchError("A recipe says where and how strongly it steers; give --recipe without the other options.")
     if (vector is None) != (layers is None) or (vector is None and alpha is not None):
         raise WorkbenchError("Steering needs --vector, --layers and --alpha together; give all of them or none.")
     if vector is not None and alpha is None:
         raise WorkbenchError("Steering needs a coefficient: give --alpha.")
-    steerer = None if vector is None else SteeringVector.load(vector)
+    steerer = None if vector is None else read_vector(vector)
+    written = None if recipe is None else SteeringRecipe.load(recipe)
     if steerer is not None and protocol is not None:
         steerer = steerer.with_protocol(protocol)
     loaded, renderer = open_model(
@@ -137,7 +153,11 @@ def generate_command(
         context_length=context_length,
         quiet=quiet,
     )
-    interventions, steered = [], None
+    interventions: list[Intervention] = []
+    steered: dict[str, Any] | None = None
+    if written is not None:
+        interventions = list(written.interventions(loaded))
+        steered = {"recipe": written.name, "interventions": written.to_dataframe().to_dict("records")}
     if steerer is not None and layers is not None and alpha is not None:
         for note in steerer.check_model(loaded):
             print(f"Note: {note}", file=sys.stderr)

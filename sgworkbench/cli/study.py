@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
 from sgworkbench.cli.common import (
     ConditionOption,
@@ -27,6 +28,7 @@ from sgworkbench.cli.common import (
     open_model,
     print_json,
 )
+from sgworkbench.errors import WorkbenchError
 from sgworkbench.progress import ConsoleProgress
 
 
@@ -47,12 +49,24 @@ def demo(
     _study({"model": "demo", **settings}, out, overwrite, images, json_output, quiet)
 
 
-@app.command()
+class _CommandWithContext(TyperCommand):
+    """A command that hands over a context of the type typer documents."""
+
+    context_class = typer.Context
+
+
+@app.command(cls=_CommandWithContext)
 @one_sentence
 def gap(
-    harmful: Annotated[str, typer.Option(help="Harmful prompts: a file, builtin:contrast/harmful or hub:ORG/NAME.")],
-    harmless: Annotated[str, typer.Option(help="Harmless prompts, likewise.")],
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Run directory; a run that was stopped there goes on.")],
+    config: Annotated[
+        str | None, typer.Option(help="Settings: a YAML or JSON file, or paper:qwen3-8b and the like; options win.")
+    ] = None,
+    harmful: Annotated[
+        str | None, typer.Option(help="Harmful prompts: a file, builtin:contrast/harmful or hub:ORG/NAME.")
+    ] = None,
+    harmless: Annotated[str | None, typer.Option(help="Harmless prompts, likewise.")] = None,
     model: ModelOption = "demo",
     condition: ConditionOption = "self-reminder",
     layers: Annotated[str | None, typer.Option(help="Layers to steer, such as 20 or 10-14,20.")] = None,
@@ -99,7 +113,26 @@ def gap(
         "device": device,
         "context_length": context_length,
     }
+    if config is not None:
+        sources = {name: context.get_parameter_source(name) for name in settings}
+        given = {n: settings[n] for n, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+        settings = {**_settings_of(config), **given}
+    for name in ("harmful", "harmless"):
+        if settings.get(name) is None:
+            raise WorkbenchError(
+                f"The {name} prompts are missing; give --{name}, or name them in the file of --config."
+            )
+    if settings.get("model") is None:
+        raise WorkbenchError("The file of --config names no model; add it there, or give --model.")
     _study(settings, out, overwrite, images, json_output, quiet)
+
+
+def _settings_of(config: str) -> dict[str, Any]:
+    from sgworkbench.evaluation.study_config import read_settings
+    from sgworkbench.paper.settings import paper_settings
+
+    prefix, _, name = config.partition(":")
+    return paper_settings(name) if prefix == "paper" else read_settings(config)
 
 
 def _study(settings: dict[str, Any], out: Path, overwrite: bool, images: bool, json_output: bool, quiet: bool) -> None:

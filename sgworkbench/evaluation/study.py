@@ -200,7 +200,12 @@ def run_study(
         prompts=train.prompts.harmful,
         condition=condition,
     )
-    vector = shift.steering_vector(config.protocol)
+    vector = (
+        # The only protocol that reads elsewhere; its shift is not the one reported.
+        SteeringVector.extract(loaded, renderer, train.prompts.harmful, condition, config.protocol, report=report)
+        if config.protocol == "official-padded"
+        else shift.steering_vector(config.protocol)
+    )
 
     validation = splits.get("validation", train)
     curve = held_out_separation(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import json
+from pathlib import Path
+from typing import Any
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sgworkbench.errors import WorkbenchError, unknown_name
 from sgworkbench.evaluation.direction_fitting import RefusalSource
 from sgworkbench.prompting import PromptCondition
+from sgworkbench.steering.vector import Protocol
 
 
 class StudyConfig(BaseModel):
@@ -20,7 +24,7 @@ class StudyConfig(BaseModel):
         harmless: prompt source of harmless ones.
         condition: preset name, or a YAML or JSON file.
         system_in_user: put the condition's system message into the user turn.
-        protocol: where vectors are written.
+        protocol: how vectors are read and written.
         layers: layers to steer, such as 20 or 10-14,20 (a number or several are taken too); None scales the
             published setting (layer 20 of 36) to the model's depth.
         alpha: raw steering coefficient.
@@ -51,7 +55,7 @@ class StudyConfig(BaseModel):
     harmless: str
     condition: str = "self-reminder"
     system_in_user: bool = False
-    protocol: Literal["same-site", "official"] = "same-site"
+    protocol: Protocol = "same-site"
     layers: str | None = None
     alpha: float = Field(0.5, allow_inf_nan=False)
     refusal_source: RefusalSource = "judged"
@@ -106,3 +110,26 @@ class StudyConfig(BaseModel):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise WorkbenchError(f"Study setting {where}: {first['msg']}; found {first['input']!r}.") from None
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Read a YAML or JSON file of settings.
+
+    Raises:
+        WorkbenchError: no such file, another ending, damaged, or not a mapping of names to values.
+    """
+    file, shown = Path(path), str(path)
+    if file.suffix.lower() not in {".yaml", ".yml", ".json"}:
+        raise WorkbenchError(f"A settings file must end in .yaml, .yml or .json; found {shown!r}.")
+    if not file.is_file():
+        raise WorkbenchError(f"The settings file {shown!r} does not exist.")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        values = json.loads(text) if file.suffix.lower() == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise WorkbenchError(f"The settings file {shown!r} cannot be parsed: {reason}.") from None
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else type(values).__name__
+        raise WorkbenchError(f"The settings file {shown!r} must map names to values; found {found}.")
+    return {str(name): value for name, value in values.items()}

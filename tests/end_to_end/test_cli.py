@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from sgworkbench.cli import app
 from sgworkbench.prompting import contrast_set
-from sgworkbench.steering import SteeringVector
+from sgworkbench.steering import SteeringRecipe, SteeringVector
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,14 @@ def test_generate_keeps_the_order_of_the_prompts(
         results[name] = [row["token_ids"] for row in rows]
     assert len({json.dumps(ids) for ids in results.values()}) == 4, "every arm must make a difference"
     assert rows[0]["settings"]["steering"]["written_to"] == ["resid_pre[1]"]
+    recipe, out = tmp_path / "recipe.safetensors", tmp_path / "recipe.jsonl"
+    SteeringRecipe.additive(SteeringVector.load(vector), 1, 8.0).save(recipe)
+    arguments = ("--model", model, "--prompts", files["harmful"], "--max-new-tokens", 6, "--out", out)
+    done = run("generate", *arguments, "--recipe", recipe)
+    assert done.exit_code == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [row["token_ids"] for row in rows] == results["steered"], "a recipe steers as its vector does"
+    fails_with(run("generate", *arguments, "--recipe", recipe, "--layers", 1), "A recipe says where")
 
 
 def test_render_shows_roles(model: str) -> None:

@@ -195,3 +195,13 @@ def test_joining_keeps_ids_where_it_can() -> None:
     assert concatenate("both", [one, two]).texts == ["a", "b", "c"]
     with pytest.raises(WorkbenchError, match="'none' is empty"):
         concatenate("none", [])
+
+
+def test_indexing_gives_a_prompt_and_slicing_a_set() -> None:
+    prompts = PromptSet.from_texts(["one", "two", "three"], label="harmful")
+    assert prompts[1].text == "two"
+    assert prompts[-1].text == "three"
+    assert prompts[1:].texts == ["two", "three"]
+    assert isinstance(prompts[1:], PromptSet)
+    with pytest.raises(WorkbenchError, match="prompt"):
+        prompts[3:]
