@@ -239,6 +239,10 @@ class Workbench:
         """Check reading, steering and generation of this model against transformers."""
         return run_doctor(self.loaded, self.renderer, report=self.report)
 
+    def __repr__(self) -> str:
+        identity = self.loaded.identity
+        return f"Workbench({identity.name}: {identity.architecture}, {identity.n_layers} layers, {identity.dtype})"
+
     def _repr_html_(self) -> str:
         identity = self.loaded.identity
         return (

@@ -137,13 +137,13 @@ def _decode_batch(
     cache = PreallocatedCache(loaded.model.cfg, len(rows), columns, device)
     stop = torch.tensor(end_token_ids(loaded) if settings.stop_at_end_of_turn else (), dtype=torch.long, device=device)
     trackers = [RoleTracker(loaded.tokenizer, rendered[row]) for row in rows]
-    samplers = [_Sampler(settings, rendered[row]) for row in rows]
+    samplers = [Sampler(settings, rendered[row]) for row in rows]
     written: list[list[int]] = [[] for _ in rows]
     finished = [False] * len(rows)
     active = list(range(len(rows)))  # batch row -> index into `rows`
     logits = next_token_logits(loaded, batch, cache)
     for step in range(settings.max_new_tokens):
-        chosen = _choose(logits, [samplers[index] for index in active], settings)
+        chosen = choose_tokens(logits, [samplers[index] for index in active], settings)
         ends = torch.isin(chosen, stop).tolist()
         for local, (index, token) in enumerate(zip(active, chosen.tolist(), strict=True)):
             if not finished[index]:
@@ -153,7 +153,7 @@ def _decode_batch(
         if len(done) == len(active) or step == settings.max_new_tokens - 1:
             break
         roles = [trackers[index].role_of(token) for index, token in zip(active, chosen.tolist(), strict=True)]
-        batch = _next_step(batch, chosen, roles)
+        batch = next_step(batch, chosen, roles)
         if done:
             kept = surviving_rows(len(active), done)
             active = [active[local] for local in kept]
@@ -219,7 +219,7 @@ def unembed(loaded: LoadedModel, stream: Float[Tensor, "batch pos d_model"]) -> 
     return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
 
-def _next_step(batch: TokenBatch, chosen: Int[Tensor, "batch"], roles: Sequence[Role]) -> TokenBatch:
+def next_step(batch: TokenBatch, chosen: Int[Tensor, "batch"], roles: Sequence[Role]) -> TokenBatch:
     """Return the single-column batch of the tokens just chosen."""
     return TokenBatch(
         chosen[:, None],
@@ -242,7 +242,7 @@ def _keep_rows(batch: TokenBatch, rows: Int[Tensor, "kept"]) -> TokenBatch:
     )
 
 
-class _Sampler:
+class Sampler:
     """One prompt's own stream of uniform numbers, seeded by the settings' seed and the prompt's tokens."""
 
     def __init__(self, settings: GenerationSettings, rendered: RenderedPrompt) -> None:
@@ -250,12 +250,14 @@ class _Sampler:
         self._generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1)
 
     def uniform(self) -> float:
+        """Return the next number."""
         return float(torch.rand((), generator=self._generator, dtype=torch.float64))
 
 
-def _choose(
-    logits: Float[Tensor, "batch d_vocab"], samplers: Sequence[_Sampler], settings: GenerationSettings
+def choose_tokens(
+    logits: Float[Tensor, "batch d_vocab"], samplers: Sequence[Sampler], settings: GenerationSettings
 ) -> Int[Tensor, "batch"]:
+    """Return the next token of every row: the most likely one, or one drawn with the row's own numbers."""
     if settings.temperature == 0.0:
         return logits.argmax(dim=-1)
     probabilities = torch.softmax(logits.double() / settings.temperature, dim=-1)

@@ -314,6 +314,10 @@ class SteeringRecipe:
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
             raise WorkbenchError(f"{str(path)!r} is damaged ({error!r}); make the recipe again.") from None
 
+    def __repr__(self) -> str:
+        acts = "; ".join(f"{spec.operator} at {spec.layers}, {spec.coefficient:g} {spec.unit}" for spec in self.specs)
+        return f"SteeringRecipe({self.name!r}: {acts})"
+
     def _repr_html_(self) -> str:
         where = "any condition" if self.condition is None else f"condition {self.condition.name}"
         return (

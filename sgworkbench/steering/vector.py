@@ -285,6 +285,12 @@ class SteeringVector:
             )
         return cls(layers, tensors["values"].float(), read_kind, protocol, provenance)  # type: ignore[arg-type]
 
+    def __repr__(self) -> str:
+        return (
+            f"SteeringVector(layers {_ranges(self.layers)}, d_model {self.values.shape[-1]}, read at {self.read_kind}, "
+            f"protocol {self.protocol}; {self.provenance.get('method', 'origin not recorded')})"
+        )
+
     def _repr_html_(self) -> str:
         condition = (self.provenance.get("condition") or {}).get("name", "unknown condition")
         return (
