@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sgworkbench.plotting.attention import attention_map_figure, attention_trace_figure
 from sgworkbench.plotting.distributions import projection_distributions
 from sgworkbench.plotting.export import SavedFigure, figure_div, plotlyjs_script, save_figure
 from sgworkbench.plotting.layer_curves import layer_curves
@@ -20,6 +21,8 @@ __all__ = [
     "ROLES",
     "TEMPLATES",
     "SavedFigure",
+    "attention_map_figure",
+    "attention_trace_figure",
     "coloured_tokens_html",
     "figure_div",
     "generation_trace",

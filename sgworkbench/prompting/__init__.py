@@ -5,6 +5,7 @@ from sgworkbench.prompting.condition import PRESETS, PromptCondition
 from sgworkbench.prompting.prompt_files import contrast_set, load_prompts
 from sgworkbench.prompting.prompt_set import Prompt, PromptSet, concatenate
 from sgworkbench.prompting.rendering import RenderedPrompt, Renderer
+from sgworkbench.prompting.transforms import TransformedPrompts, TransformSpec, apply_transforms
 
 __all__ = [
     "PRESETS",
@@ -14,7 +15,10 @@ __all__ = [
     "PromptSet",
     "RenderedPrompt",
     "Renderer",
+    "TransformSpec",
+    "TransformedPrompts",
     "align",
+    "apply_transforms",
     "concatenate",
     "contrast_set",
     "load_prompts",

@@ -1,5 +1,7 @@
 """Steering vectors and operators, applied through hook points, and generation under them."""
 
+from sgworkbench.steering.attention_trace import AttentionMap, attention_map, join_attention, trace_attention
+from sgworkbench.steering.audit import Audit, audit
 from sgworkbench.steering.conditional import awareness_gated
 from sgworkbench.steering.dose import KlCalibration, alpha_for_fraction, alpha_for_kl, dose_table, mean_first_token_kl
 from sgworkbench.steering.gate import Condition, FittedThreshold, Gate, fit_threshold
@@ -34,6 +36,8 @@ __all__ = [
     "Add",
     "AddPreservingNorm",
     "AffineConceptEdit",
+    "AttentionMap",
+    "Audit",
     "Clamp",
     "Condition",
     "FittedThreshold",
@@ -55,6 +59,8 @@ __all__ = [
     "Trace",
     "alpha_for_fraction",
     "alpha_for_kl",
+    "attention_map",
+    "audit",
     "awareness_gated",
     "choose_layers",
     "choose_sites",
@@ -63,10 +69,12 @@ __all__ = [
     "fit_threshold",
     "generate",
     "get_operator",
+    "join_attention",
     "join_traces",
     "mean_first_token_kl",
     "moments_of",
     "register_operator",
     "steering",
+    "trace_attention",
     "trace_generation",
 ]
