@@ -1,9 +1,9 @@
 """The command line: thin commands over the same functions that notebooks call."""
 
-from sgworkbench.cli import audit, gap_report, judge, models, steering, study, vectors
+from sgworkbench.cli import audit, gap_report, judge, models, protocols, steering, study, sweep, vectors
 from sgworkbench.cli.common import app
 
-__all__ = ["app", "audit", "gap_report", "judge", "main", "models", "steering", "study", "vectors"]
+__all__ = ["app", "audit", "gap_report", "judge", "main", "models", "protocols", "steering", "study", "sweep", "vectors"]
 
 
 def main() -> None:

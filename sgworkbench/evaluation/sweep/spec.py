@@ -1,0 +1,391 @@
+"""What a sweep is asked to do: written by people in YAML or Python, unknown keys refused with the nearest known one."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from sgworkbench.analysis.direction_methods import DIRECTION_METHODS
+from sgworkbench.errors import WorkbenchError, unknown_name
+from sgworkbench.evaluation.direction_fitting import RefusalSource
+from sgworkbench.evaluation.judges import get_judge
+from sgworkbench.evaluation.sweep.measures import SCREEN_METRICS
+from sgworkbench.evaluation.sweep.result import SCREEN_COLUMNS
+from sgworkbench.prompting.prompt_set import SPLITS
+from sgworkbench.steering import PROTOCOLS, SelectorSpec, get_operator
+from sgworkbench.steering.gate import Comparison, Decision, DecisionToken, Measure
+
+SHIFT_METHODS = ("mean_shift", *(name for name in DIRECTION_METHODS if name != "mean_difference"))
+"""Ways to make a vector from prompted against plain activations."""
+VECTOR_METHODS = (*SHIFT_METHODS, "refusal_direction", "awareness_direction", "random", "file", "given")
+WITHOUT_COEFFICIENT = frozenset({"ablate", "clamp"})
+"""Operators that have no coefficient; each gives one cell per layer set."""
+DIRECTION_OPERATORS = frozenset({"ablate", "clamp", "ace", "rotate"})
+"""Operators that act along fitted directions, at the site these were fitted at."""
+
+Goal = Literal["max", "min"]
+DoseUnit = Literal["raw", "fraction_of_residual", "target_kl", "none"]
+
+
+DEFAULT_OBJECTIVES: dict[str, Goal] = {
+    "refusal_log_odds_harmful": "max",
+    "refusal_log_odds_harmless": "min",
+    "kl_harmless": "min",
+}
+
+
+ALL_TOKENS = SelectorSpec()
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _named(key: str) -> BeforeValidator:
+    """Take a bare name where a section is expected."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+
+_NO_GATE = BeforeValidator(lambda value: None if value == "none" else value)
+
+
+class VectorEntry(_Section):
+    """Where a vector comes from.
+
+    Attributes:
+        name: how tables call it; the method by default.
+        method: `mean_shift` (prompted minus plain), another direction between prompted and plain activations scaled to
+            the shift's norm (`pca_diff` and others), `refusal_direction` or `awareness_direction` (the distance of the
+            class means along the unit direction), `random` (of the norm of `like`, one per seed), `file`, or `given`
+            (handed over in Python).
+        condition: the safety prompt whose shift it is.
+        prompts: `harmful`, `harmless` or `both` of the sweep's prompt sets, or another prompt source; training split.
+        file: steering vectors or directions, for `file`.
+        like: the vector whose norm a random one has; the first other vector by default.
+    """
+
+    name: str = ""
+    method: str = "mean_shift"
+    condition: str = "self-reminder"
+    prompts: str = "harmful"
+    file: str | None = None
+    like: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        filled = dict(values)
+        if filled.get("file") is not None:
+            filled.setdefault("method", "file")
+        default = Path(str(filled["file"])).stem if filled.get("file") else filled.get("method", "mean_shift")
+        filled["name"] = filled.get("name") or str(default)
+        return filled
+
+
+class OperatorEntry(_Section):
+    """An operator and what it needs beside a vector.
+
+    Attributes:
+        name: a registered operator.
+        second: name of the vector that opens the plane, for `rotate`.
+        parameters: further settings, such as `low` and `high` of `clamp`.
+    """
+
+    name: str = "add"
+    second: str | None = None
+    parameters: dict[str, float | str] = Field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """How tables call it."""
+        inside = [
+            f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+            for key, value in self.parameters.items()
+        ]
+        inside += [f"second={self.second}"] if self.second else []
+        return f"{self.name}({', '.join(inside)})" if inside else self.name
+
+
+class GateEntry(_Section):
+    """When to steer.
+
+    Attributes:
+        name: how tables call it.
+        directions: `awareness`, `refusal`, or the name of a vector that has fitted directions.
+        layer: layer at which they are read; a float is a share of depth.
+        threshold: what the score is compared with; fitted on the training split when it is not given.
+        false_positive_rate: with a fitted threshold: open for at most this share of harmless training prompts;
+            None maximises Youden's J.
+    """
+
+    name: str = ""
+    directions: str = "awareness"
+    layer: int | float | str
+    threshold: float | None = None
+    false_positive_rate: float | None = Field(None, ge=0, lt=1)
+    measure: Measure = "separation_units"
+    comparison: Comparison = "at_least"
+    decided: Decision = "prompt"
+    at: DecisionToken | None = None
+
+    @property
+    def label(self) -> str:
+        """How tables call it."""
+        if self.name:
+            return self.name
+        rule = "fitted" if self.threshold is None else f"{self.threshold:g}"
+        if self.threshold is None and self.false_positive_rate is not None:
+            rule = f"false positives <= {self.false_positive_rate:g}"
+        return f"{self.directions} at layer {self.layer}, {rule}, per {self.decided}"
+
+
+class Windows(_Section):
+    """Runs of neighbouring layers steered together.
+
+    Attributes:
+        size: layers in a window.
+        stride: layers between the starts of two windows.
+        within: layers the windows lie in.
+    """
+
+    size: int = Field(ge=1)
+    stride: int = Field(1, ge=1)
+    within: int | float | str = "all"
+
+
+class Coefficients(_Section):
+    """Doses, in one or several units.
+
+    Attributes:
+        raw: coefficients alpha; levels in separation units for `ace`, degrees for `rotate`.
+        fraction_of_residual: alpha |v| as a share of the residual norm at the written site; the mean over the layers
+            of a set.
+        target_kl: KL from the unsteered run on harmless prompts, in nats.
+    """
+
+    raw: tuple[float, ...] = ()
+    fraction_of_residual: tuple[float, ...] = ()
+    target_kl: tuple[Annotated[float, Field(gt=0)], ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_list(cls, values: Any) -> Any:
+        if isinstance(values, (list, tuple, int, float)):
+            values = {"raw": values}
+        if not isinstance(values, dict):
+            return values
+        return {unit: [dose] if isinstance(dose, (int, float)) else dose for unit, dose in values.items()}
+
+    def doses(self) -> list[tuple[DoseUnit, float]]:
+        """Return all doses with their units."""
+        units: tuple[DoseUnit, ...] = ("raw", "fraction_of_residual", "target_kl")
+        return [(unit, value) for unit in units for value in getattr(self, unit)]
+
+
+class Answers(_Section):
+    """Generation and judging, for chosen cells.
+
+    Attributes:
+        cells: `none`, `all`, or `front`: the Pareto front of the screen and a random sample of the rest.
+        sample: cells of that random sample.
+        judge: judge of the answers.
+        max_new_tokens: tokens of an answer at most.
+        temperature: 0 is greedy.
+        top_p: nucleus.
+        n_harmful: harmful prompts answered per cell; None takes those of the screen.
+        n_harmless: likewise.
+    """
+
+    cells: Literal["none", "all", "front"] = "none"
+    sample: int = Field(8, ge=0)
+    judge: str = "arditi-substrings"
+    max_new_tokens: int = Field(32, ge=1)
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1)
+    n_harmful: int | None = Field(None, ge=1)
+    n_harmless: int | None = Field(None, ge=1)
+
+
+class SweepSpec(_Section):
+    """A grid and how it is measured.
+
+    Attributes:
+        model, dtype, device, context_length, thinking, chat_template: what the command line loads; see `load_model`.
+        system_in_user: put system messages of conditions into the user turn.
+        harmful, harmless: prompt sources; split by hash where they have no splits.
+        train_split: split that vectors, directions and thresholds are fitted on.
+        split: split that is measured.
+        n_train, n_harmful, n_harmless: prompts per class at most: fitted on, measured.
+        n_dose: harmless training prompts on which doses are converted, plain condition.
+        vectors, operators, protocols, selectors, gates, conditions, seeds: axes of the grid.
+        layers: each one a set of its own; `all`, `3-8,20`, `50%`, or a list of those.
+        layer_sets: layers steered together, each written likewise.
+        windows: runs of layers steered together.
+        coefficients: doses; a plain list is raw.
+        metrics: what the screen measures.
+        readout: layer at which projections are read.
+        refusal_source: how refusal directions are found; see `fit_refusal`.
+        texts: file of short neutral texts for perplexity, one a line; None takes the built-in ones.
+        answers: generation and judging.
+        objectives: cell-table columns and `max` or `min`, which make the Pareto front.
+        sample_seed: seed of prompt samples and splits.
+        max_batch_tokens: padded tokens of one pass.
+    """
+
+    model: str = "demo"
+    dtype: str = "float32"
+    device: str | None = None
+    context_length: int | None = None
+    thinking: bool | None = None
+    chat_template: str | None = None
+    system_in_user: bool = False
+    harmful: str = "builtin:contrast/harmful"
+    harmless: str = "builtin:contrast/harmless"
+    train_split: str = "train"
+    split: str = "validation"
+    n_train: int = Field(64, ge=2)
+    n_harmful: int = Field(32, ge=1)
+    n_harmless: int = Field(32, ge=1)
+    n_dose: int = Field(12, ge=1)
+    vectors: tuple[Annotated[VectorEntry, _named("method")], ...] = (VectorEntry(name="mean_shift"),)
+    operators: tuple[Annotated[OperatorEntry, _named("name")], ...] = (OperatorEntry(),)
+    protocols: tuple[str, ...] = ("same-site",)
+    selectors: tuple[Annotated[SelectorSpec, _named("tokens")], ...] = (ALL_TOKENS,)
+    gates: tuple[Annotated[GateEntry | None, _NO_GATE], ...] = (None,)
+    conditions: tuple[str, ...] = ("plain",)
+    seeds: tuple[int, ...] = (0,)
+    layers: tuple[int | float | str, ...] = ()
+    layer_sets: tuple[int | float | str | tuple[int | float, ...], ...] = ()
+    windows: tuple[Windows, ...] = ()
+    coefficients: Coefficients = Coefficients()
+    metrics: tuple[str, ...] = (
+        "refusal_log_odds", "prefix_log_odds", "refusal_projection", "awareness_projection", "kl", "kl_from_plain",
+        "top1",
+    )  # fmt: skip
+    readout: int | float | str = "90%"
+    refusal_source: RefusalSource = "judged"
+    texts: str | None = None
+    answers: Answers = Field(default_factory=lambda: Answers())  # type: ignore[call-arg]
+    objectives: dict[str, Goal] = Field(default_factory=lambda: dict(DEFAULT_OBJECTIVES))
+    sample_seed: int = 0
+    max_batch_tokens: int = Field(2048, ge=64)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        filled = dict(values)
+        for name, field in cls.model_fields.items():
+            if get_origin(field.annotation) is tuple and name in filled and not isinstance(filled[name], (list, tuple)):
+                value = filled[name]
+                filled[name] = list(value) if isinstance(value, range) else [value]
+        return filled
+
+    def check(self) -> SweepSpec:
+        """Check names against what there is; return the specification.
+
+        Raises:
+            WorkbenchError: an unknown name, names that occur twice, or axes that cannot be combined.
+        """
+        for kind, found, known in (
+            ("protocol", self.protocols, PROTOCOLS),
+            ("screen metric", self.metrics, SCREEN_METRICS),
+            ("split", (self.train_split, self.split), SPLITS),
+            ("vector method", [vector.method for vector in self.vectors], VECTOR_METHODS),
+            ("objective", self.objectives, SCREEN_COLUMNS),
+        ):
+            for name in found:
+                if name not in known:
+                    raise unknown_name(kind, str(name), known)
+        for operator in self.operators:
+            get_operator(operator.name)
+        get_judge(self.answers.judge)
+        if self.train_split == self.split:
+            raise WorkbenchError(
+                f"Vectors would be fitted and measured on the same split {self.split!r}; choose two splits."
+            )
+        names = [vector.name for vector in self.vectors]
+        double = sorted({name for name in names if names.count(name) > 1} | ({"none"} & set(names)))
+        if double:
+            raise WorkbenchError(f"Vectors need names of their own; {double[0]!r} is taken, so give another `name`.")
+        wrong = [name for name in names if ":" in name or "/" in name]
+        if wrong:
+            raise WorkbenchError(f"The name of a vector has no colon and no slash; found {wrong[0]!r}.")
+        self._check_combinations()
+        return self
+
+    def _check_combinations(self) -> None:
+        by_direction = [o.name for o in self.operators if o.name in DIRECTION_OPERATORS]
+        if by_direction and "same-site" not in self.protocols:
+            raise WorkbenchError(
+                f"The operator {by_direction[0]!r} acts where its directions were fitted, which conflicts with the "
+                f"protocol {self.protocols[0]!r}; add same-site to the protocols."
+            )
+        if "official-padded" in self.protocols:
+            unread = [v.name for v in self.vectors if v.method not in ("mean_shift", "random", "file", "given")]
+            if unread:
+                raise WorkbenchError(
+                    f"The protocol 'official-padded' re-reads a mean shift with its padding; the vector {unread[0]!r} "
+                    "is none, so sweep it by itself without that protocol."
+                )
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> SweepSpec:
+        """Validate a mapping.
+
+        Raises:
+            WorkbenchError: an unknown key (with the nearest one), a value that does not fit, or as `check`.
+        """
+        if not isinstance(values, Mapping):
+            raise WorkbenchError(f"Expected the sweep's settings as a mapping, found {type(values).__name__}.")
+        try:
+            return cls.model_validate(dict(values)).check()
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = [str(part) for part in first["loc"]]
+            if first["type"] == "extra_forbidden":
+                section = _section_at(cls, first["loc"][:-1])
+                inside = f" in {'.'.join(where[:-1])}" if len(where) > 1 else ""
+                raise unknown_name(f"sweep setting{inside}", where[-1], section.model_fields) from None
+            message = first["msg"].removeprefix("Value error, ")
+            raise WorkbenchError(f"Sweep setting {'.'.join(where)}: {message}; found {first['input']!r}.") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> SweepSpec:
+        """Read a YAML file (JSON is YAML, too).
+
+        Raises:
+            WorkbenchError: a missing or unreadable file, or as `parse`.
+        """
+        file = Path(path)
+        if not file.is_file():
+            raise WorkbenchError(f"The sweep file {str(path)!r} does not exist.")
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+        except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+            raise WorkbenchError(f"{str(path)!r} cannot be parsed: {' '.join(str(error).split())}.") from None
+        return cls.parse({} if values is None else values)
+
+
+def _section_at(section: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel]:
+    """Return the section at a location of a validation error."""
+    for part in location:
+        if isinstance(part, str) and part in section.model_fields:
+            section = _section_in(section.model_fields[part].annotation) or section
+    return section
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (tuple, Annotated, Union, types.UnionType):
+        return next((found for each in get_args(annotation) if (found := _section_in(each)) is not None), None)
+    return None
