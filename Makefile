@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint lab bench bench-peers clean help
+.PHONY: demo test lint lab figures bench bench-peers clean help
 
 help:
 	@echo "make demo   the whole study on the demo model; ends with the path of a report"
 	@echo "make test   lint, types and all tests"
+	@echo "make figures  the paper's figures, published numbers beside those of the demo model"
 	@echo "make bench  measured ratios against TransformerLens and transformers"
 	@echo "make bench-peers  the same against other steering libraries, in environments of their own"
 	@echo "make lab    JupyterLab on the notebooks"
@@ -32,6 +33,9 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+figures: $(STAMP)
+	$(BIN)/sgworkbench figures --out figures
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sgworkbench.analysis import (
     Directions,
     GapResult,
+    PatchingGrid,
     SafetyShift,
+    ShiftAttribution,
     ShiftMap,
+    Site,
     all_sites,
+    attribute_shift,
     measure_gap,
     read_for_gap,
     safety_shift,
@@ -24,24 +28,33 @@ from sgworkbench.errors import WorkbenchError, require_type
 from sgworkbench.evaluation.behaviour import ArmSpec, four_arms
 from sgworkbench.evaluation.direction_fitting import RefusalSource, fit_awareness, fit_refusal, training_facts
 from sgworkbench.evaluation.doctor import Check, run_doctor
+from sgworkbench.evaluation.experiment import ExperimentResult, run_experiment
+from sgworkbench.evaluation.mechanism import patch_refusal
 from sgworkbench.evaluation.study import StudyResult, run_study
 from sgworkbench.evaluation.study_config import StudyConfig
+from sgworkbench.evaluation.sweep.result import SweepResult
+from sgworkbench.evaluation.sweep.run import run_sweep
 from sgworkbench.models import LoadedModel, load_model
 from sgworkbench.progress import Reporter, silent
 from sgworkbench.prompting import Prompt, PromptCondition, PromptSet, RenderedPrompt, Renderer, concatenate
 from sgworkbench.prompting.prompt_set import Label
 from sgworkbench.runs import RunDirectory
 from sgworkbench.steering import (
+    Audit,
     GenerationSettings,
     Intervention,
     Selector,
     SteeringRecipe,
     SteeringVector,
+    audit,
     generate,
     steering,
 )
 from sgworkbench.steering.layers import LayerChoice
 from sgworkbench.steering.operators import Coefficient
+
+if TYPE_CHECKING:
+    from sgworkbench.explorer.panel import Panel
 
 Prompts = PromptSet | Sequence[str]
 
@@ -98,6 +111,11 @@ class Workbench:
     def shift(self, prompts: Prompts, condition: PromptCondition) -> SafetyShift:
         """Measure the safety shift at every layer; `.steering_vector()` turns it into a vector."""
         return safety_shift(self.loaded, self.renderer, _as_set(prompts, "harmful"), condition, report=self.report)
+
+    def vector(self, prompts: Prompts, condition: PromptCondition, protocol: str = "same-site") -> SteeringVector:
+        """Extract steering vectors at every layer, by `same-site`, `official` or `official-padded`."""
+        chosen = _as_set(prompts, "harmful")
+        return SteeringVector.extract(self.loaded, self.renderer, chosen, condition, protocol, report=self.report)
 
     def shift_map(self, prompts: Prompts, condition: PromptCondition, direction: Directions) -> ShiftMap:
         """Project the shift onto a direction, per layer and aligned token."""
@@ -223,6 +241,67 @@ class Workbench:
         rendered = [self.render(prompt, condition) for prompt in chosen]
         texts = [a.text for a in generate(self.loaded, rendered, GenerationSettings(**settings), report=self.report)]
         return texts[0] if single else texts
+
+    def audit(self, vector: SteeringVector, prompt: Prompt | str, layers: LayerChoice, **options: Any) -> Audit:
+        """Say which token, index, layer and site are read and written; `options`: see `steering.audit`."""
+        return audit(self.loaded, self.renderer, vector, prompt, layers=layers, **options)
+
+    def attribution(
+        self, prompts: Prompts, condition: PromptCondition, direction: Directions, site: Site, **options: Any
+    ) -> ShiftAttribution:
+        """Attribute the shift along a direction to heads and MLPs; `options`: see `attribute_shift`."""
+        chosen = _as_set(prompts, "harmful")
+        return attribute_shift(
+            self.loaded, self.renderer, chosen, condition, direction, site, report=self.report, **options
+        )
+
+    def patch(self, prompts: Prompts, condition: PromptCondition, **options: Any) -> PatchingGrid:
+        """Patch values of the prompted into the plain run, by layer and token; `options`: see `patch_grid`."""
+        chosen = _as_set(prompts, "harmful")
+        return patch_refusal(self.loaded, self.renderer, chosen, condition, report=self.report, **options)
+
+    def sweep(
+        self,
+        vector: SteeringVector | None = None,
+        layers: Iterable[int | float | str] | str = "all",
+        alphas: Iterable[float] = (0.25, 0.5, 1.0),
+        *,
+        harmful: PromptSet | None = None,
+        harmless: PromptSet | None = None,
+        out: str | Path | None = None,
+        **settings: Any,
+    ) -> SweepResult:
+        """Measure a grid of layers and raw coefficients; without a vector, the mean shift is fitted first.
+
+        `settings` are those of `SweepSpec` and win over the arguments: other doses, operators, protocols, gates ...
+        """
+        spec: dict[str, Any] = {
+            "model": self.loaded.identity.source,
+            "layers": layers if isinstance(layers, str) else list(layers),
+            "coefficients": list(alphas),
+        }
+        if vector is not None:
+            spec["vectors"] = [{"name": "vector", "method": "given"}]
+        return run_sweep(
+            {**spec, **settings},
+            self.loaded,
+            self.renderer,
+            out,
+            harmful=harmful,
+            harmless=harmless,
+            vectors=None if vector is None else {"vector": vector},
+            report=self.report,
+        )
+
+    def evaluate(self, config: Mapping[str, Any] | str | Path, out: str | Path) -> ExperimentResult:
+        """Run an experiment: arms, prompt sets, judges and costs from one configuration; see `run_experiment`."""
+        return run_experiment(config, self.loaded, self.renderer, out, report=self.report)
+
+    def explore(self, **options: Any) -> Panel:
+        """Open the interactive explorer; as the last line of a cell it displays itself. `options`: see `explore`."""
+        from sgworkbench.explorer import explore
+
+        return explore(self, **options)
 
     def study(
         self, harmful: PromptSet, harmless: PromptSet, *, out: str | Path | None = None, **settings: Any

@@ -125,3 +125,23 @@ def test_mistakes_are_sentences(wb: Workbench, splits: tuple[Any, Any], fitted: 
         wb.shift("How do I bake bread?", SAFE)
     with pytest.raises(WorkbenchError, match="temperature"):
         GenerationSettings(temperature=-1.0)
+
+
+def test_the_rooms_are_methods(wb: Workbench, splits: tuple[Any, Any], fitted: Any) -> None:
+    _, refusal, vector = fitted
+    few = splits[1].harmful.sample(3)
+    table = wb.audit(vector, "How do I bake bread?", 1).to_dataframe()
+    assert {"layer", "site"} <= set(table.columns)
+    shares = wb.attribution(few, SAFE, refusal, Site(2), n_null=4)
+    assert shares.total_shift()[0] == pytest.approx(float(shares.to_dataframe()["value"].sum()), rel=1e-3, abs=1e-4)
+    grid = wb.patch(few, SAFE, layers=[1])
+    assert set(grid.to_dataframe()["layer"]) == {1}
+    assert torch.equal(wb.vector(few, SAFE).values, wb.shift(few, SAFE).steering_vector().values)
+
+
+def test_a_sweep_over_layers_and_coefficients(wb: Workbench, fitted: Any) -> None:
+    settings = {"n_train": 8, "n_harmful": 3, "n_harmless": 3, "refusal_source": "content"}
+    result = wb.sweep(fitted[2], layers=range(2), alphas=[0.5, 1.0], **settings)
+    cells = result.steered
+    assert sorted(zip(cells["first_layer"], cells["alpha"], strict=True)) == [(0, 0.5), (0, 1.0), (1, 0.5), (1, 1.0)]
+    assert set(cells["vector"]) == {"vector"}

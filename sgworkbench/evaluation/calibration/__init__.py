@@ -1,0 +1,1 @@
+"""Calibration: choosing layers, dose, operator and gate for an objective under budgets, and confirming the choice."""
