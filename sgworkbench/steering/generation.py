@@ -170,7 +170,10 @@ def next_token_logits(
 
     Args: as `last_stream`.
     """
-    return unembed(loaded, last_stream(loaded, batch, cache))[:, 0]
+    stream = last_stream(loaded, batch, cache)
+    # A user's hook on the unembedding may ask which prompt stands in which row, too.
+    with announced_batch(batch):
+        return unembed(loaded, stream)[:, 0]
 
 
 def last_stream(

@@ -69,7 +69,7 @@ def test_a_recipe_steers_as_its_vector_does(wb: Workbench, fitted: Any) -> None:
     for arguments in ({"layers": 1}, {"alpha": 0.5}):
         with pytest.raises(WorkbenchError, match="has its own layers"), wb.steer(recipe, **arguments):
             pass
-        with pytest.raises(WorkbenchError, match="needs layers"), wb.steer(vector, **arguments):
+        with pytest.raises(WorkbenchError, match="needs both layers"), wb.steer(vector, **arguments):
             pass
 
 

@@ -59,7 +59,7 @@ def with_wilson(table: pd.DataFrame) -> pd.DataFrame:
 def our_rates(measured: Measured, panel: str) -> pd.DataFrame:
     """Return our compliance with harmful and refusal of harmless prompts, in the same form."""
     rows = measured.table("rates")
-    names = {"complied": "harmful: complied", "over_refusal": "harmless: refused"}
+    names = {"complied": "harmful:<br>complied", "over_refusal": "harmless:<br>refused"}
     return pd.DataFrame(
         {
             "source": MEASURED,
