@@ -2,7 +2,7 @@
 
 from sgworkbench.prompting.alignment import Alignment, align
 from sgworkbench.prompting.condition import PRESETS, PromptCondition
-from sgworkbench.prompting.prompt_files import contrast_set, load_prompts
+from sgworkbench.prompting.prompt_files import contrast_set, everyday_set, load_prompts
 from sgworkbench.prompting.prompt_set import Prompt, PromptSet, concatenate
 from sgworkbench.prompting.rendering import RenderedPrompt, Renderer
 from sgworkbench.prompting.transforms import TransformedPrompts, TransformSpec, apply_transforms
@@ -21,5 +21,6 @@ __all__ = [
     "apply_transforms",
     "concatenate",
     "contrast_set",
+    "everyday_set",
     "load_prompts",
 ]

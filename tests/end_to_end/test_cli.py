@@ -60,7 +60,7 @@ def test_help_is_quick_and_lists_the_commands() -> None:
     code = "import sys; from sgworkbench.cli import main; sys.argv = ['sgworkbench', '--help']; main()"
     done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    for command in ("demo", "doctor", "extract", "gap", "generate", "render"):
+    for command in ("demo", "doctor", "evaluate", "extract", "gap", "generate", "judge", "render", "sweep", "vector"):
         assert command in done.stdout
     assert " torch" not in done.stderr, "help must not import torch"
 

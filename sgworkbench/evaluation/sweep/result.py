@@ -190,9 +190,33 @@ class SweepResult:
 
     def plot_heatmap(self, metric: str = "refusal_log_odds_harmful", **options: Any) -> Any:
         """Return a layer x coefficient heatmap of one metric."""
-        from sgworkbench.plotting import sweeps  # type: ignore[attr-defined, unused-ignore]
+        from sgworkbench.plotting import sweeps
 
         return sweeps.heatmap(self, metric=metric, **options)
+
+    def plot_dose_response(self, **options: Any) -> Any:
+        """Return a metric against the dose, a line per layer set."""
+        from sgworkbench.plotting import sweeps
+
+        return sweeps.dose_response(self, **options)
+
+    def plot_windows(self, **options: Any) -> Any:
+        """Return a metric over the place of layer windows."""
+        from sgworkbench.plotting import sweeps
+
+        return sweeps.windows(self, **options)
+
+    def plot_front(self, **options: Any) -> Any:
+        """Return safety against its costs, with the Pareto front and the unsteered arms marked."""
+        from sgworkbench.plotting import sweeps
+
+        return sweeps.front(self, **options)
+
+    def plot_protocols(self, **options: Any) -> Any:
+        """Return how the protocol changes a metric, layer by layer."""
+        from sgworkbench.plotting import sweeps
+
+        return sweeps.protocols(self, **options)
 
     def _repr_html_(self) -> str:
         model = (self.facts.get("model") or {}).get("name", "unknown model")
@@ -213,6 +237,7 @@ class SweepResult:
         return (
             f"<b>Sweep</b> on {model}: {len(steered)} steered cells ({axes}) and {len(self.reference)} unsteered "
             f"ones, {answered} answered<br>metrics: {', '.join(self.metrics)}<br>"
-            "next: <code>.plot_heatmap(metric=...)</code>, <code>.to_dataframe()</code>, <code>.items</code>, "
+            "next: <code>.plot_heatmap(metric=...)</code>, <code>.plot_front()</code>, "
+            "<code>.to_dataframe()</code>, <code>.items</code>, "
             "<code>.validation</code>"
         )
