@@ -9,8 +9,9 @@ import torch
 
 from sgworkbench.models.identity import LoadedModel
 
-# Beyond this many tokens a pass a CPU gains nothing: its caches are full, and memory grows with the batch.
-_CPU_TOKENS = 4096
+# Beyond this many tokens a pass a CPU gains nothing: its caches are full, and memory grows with the batch. Decoding
+# counts prompt and answer of every row, of which a step runs one token each.
+_CPU_TOKENS, _CPU_DECODING_TOKENS = 512, 8192
 _GPU_TOKENS = 131_072
 _SMALLEST = 256
 # The rest is for weights of other processes, fragmentation and what the estimate leaves out.
@@ -37,7 +38,7 @@ def automatic_batch_tokens(loaded: LoadedModel, *, cached: bool = False) -> int:
     if device.type == "cuda":
         free, most = torch.cuda.mem_get_info(device)[0], _GPU_TOKENS
     else:
-        free, most = psutil.virtual_memory().available, _CPU_TOKENS * (2 if cached else 1)
+        free, most = psutil.virtual_memory().available, _CPU_DECODING_TOKENS if cached else _CPU_TOKENS
     return int(max(_SMALLEST, min(most, _SHARE_OF_FREE * free / per_token)))
 
 

@@ -121,9 +121,9 @@ def test_answers_and_traces_are_the_same_after_a_batch_was_halved(
 def test_the_automatic_size_follows_the_device(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     import psutil
 
-    assert automatic_batch_tokens(loaded) == 4096
+    assert automatic_batch_tokens(loaded) == 512
     assert automatic_batch_tokens(loaded, cached=True) == 8192
     assert automatic_batch_rows(loaded) == 32
-    little = type("Memory", (), {"available": 4 * 2**20})()
+    little = type("Memory", (), {"available": 2**20})()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
-    assert 256 <= automatic_batch_tokens(loaded) < 4096
+    assert 256 <= automatic_batch_tokens(loaded) < 512
