@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sgworkbench.cli.common import JsonOption, QuietOption, app, one_sentence, open_model, print_json
+from sgworkbench.cli.common import JsonOption, QuietOption, app, one_sentence, open_configured, print_json
 from sgworkbench.progress import ConsoleProgress
 
 
@@ -80,15 +80,7 @@ def calibrate(
     spec = CalibrationSpec.parse(settings)
     PromptCondition.load(spec.condition)  # a misspelt preset should not cost the loading of a model
     data = CalibrationData.load(spec)
-    loaded, renderer = open_model(
-        spec.model,
-        chat_template=None if spec.chat_template is None else Path(spec.chat_template),
-        thinking=spec.thinking,
-        dtype=spec.dtype,
-        device=spec.device,
-        context_length=spec.context_length,
-        quiet=quiet,
-    )
+    loaded, renderer = open_configured(spec, quiet=quiet)
     contents = {
         "data": data.summary(),
         "weights_sha256": loaded.identity.weights_sha256,

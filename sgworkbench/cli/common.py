@@ -107,6 +107,19 @@ def open_model(
     return loaded, Renderer(loaded.tokenizer, template, thinking)
 
 
+def open_configured(config: Any, *, quiet: bool = False) -> tuple[Any, Any]:
+    """Load the model that a configuration names and make its renderer; see `open_model`."""
+    return open_model(
+        config.model,
+        chat_template=None if config.chat_template is None else Path(config.chat_template),
+        thinking=config.thinking,
+        dtype=config.dtype,
+        device=config.device,
+        context_length=config.context_length,
+        quiet=quiet,
+    )
+
+
 def read_template(path: Path | None) -> str | None:
     """Read a chat template file.
 

@@ -10,7 +10,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sgworkbench.cli.common import JsonOption, QuietOption, app, one_sentence, open_model, print_json, read_template
+from sgworkbench.cli.common import (
+    JsonOption,
+    QuietOption,
+    app,
+    one_sentence,
+    open_configured,
+    print_json,
+    read_template,
+)
 from sgworkbench.errors import WorkbenchError
 from sgworkbench.progress import ConsoleProgress
 
@@ -44,15 +52,7 @@ def evaluate(
     if out is None:
         raise WorkbenchError("An experiment needs a folder for its results: give --out DIR (or --dry-run).")
     _check_inputs(settings)
-    loaded, renderer = open_model(
-        settings.model,
-        chat_template=None if settings.chat_template is None else Path(settings.chat_template),
-        thinking=settings.thinking,
-        dtype=settings.dtype,
-        device=settings.device,
-        context_length=settings.context_length,
-        quiet=quiet,
-    )
+    loaded, renderer = open_configured(settings, quiet=quiet)
     with ConsoleProgress(quiet=quiet) as progress:
         result = run_experiment(settings, loaded, renderer, out, overwrite=overwrite, report=progress)
         page, notes = write_experiment(result, images=images, report=progress)

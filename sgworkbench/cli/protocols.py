@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sgworkbench.cli.common import JsonOption, QuietOption, app, one_sentence, open_model, print_json
+from sgworkbench.cli.common import JsonOption, QuietOption, app, one_sentence, open_configured, print_json
 from sgworkbench.progress import ConsoleProgress
 
 
@@ -69,15 +69,7 @@ def protocols(
         PromptCondition.load(name)  # a misspelt preset should not cost the loading of a model
     sources = {source: load_prompts(source) for source in settings.sources}
     harmless_prompts = load_prompts(settings.harmless)
-    loaded, renderer = open_model(
-        settings.model,
-        chat_template=None if settings.chat_template is None else Path(settings.chat_template),
-        thinking=settings.thinking,
-        dtype=settings.dtype,
-        device=settings.device,
-        context_length=settings.context_length,
-        quiet=quiet,
-    )
+    loaded, renderer = open_configured(settings, quiet=quiet)
     contents = {
         "sources_sha256": [each.content_hash for each in sources.values()],
         "harmless_sha256": harmless_prompts.content_hash,

@@ -25,7 +25,7 @@ from sgworkbench.cli.common import (
     ThinkingOption,
     app,
     one_sentence,
-    open_model,
+    open_configured,
     print_json,
 )
 from sgworkbench.errors import WorkbenchError
@@ -145,15 +145,7 @@ def _study(settings: dict[str, Any], out: Path, overwrite: bool, images: bool, j
     config = StudyConfig.build(**settings)
     harmful, harmless = load_prompts(config.harmful), load_prompts(config.harmless)
     config.prompt_condition()  # a misspelt preset should not cost the loading of a model
-    loaded, renderer = open_model(
-        config.model,
-        chat_template=None if config.chat_template is None else Path(config.chat_template),
-        thinking=config.thinking,
-        dtype=config.dtype,
-        device=config.device,
-        context_length=config.context_length,
-        quiet=quiet,
-    )
+    loaded, renderer = open_configured(config, quiet=quiet)
     # Results depend on contents, not on file names: a changed prompt file or model is another run.
     contents = {
         "harmful_sha256": harmful.content_hash,

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sgworkbench.cli.common import JsonOption, QuietOption, app, one_sentence, open_model, print_json
+from sgworkbench.cli.common import JsonOption, QuietOption, app, one_sentence, open_configured, print_json
 from sgworkbench.errors import WorkbenchError
 from sgworkbench.progress import ConsoleProgress
 
@@ -61,15 +61,7 @@ def sweep(
     spec = SweepSpec.load(config)
     if model is not None:
         spec = spec.model_copy(update={"model": model})
-    loaded, renderer = open_model(
-        spec.model,
-        chat_template=None if spec.chat_template is None else Path(spec.chat_template),
-        thinking=spec.thinking,
-        dtype=spec.dtype,
-        device=spec.device,
-        context_length=spec.context_length,
-        quiet=quiet,
-    )
+    loaded, renderer = open_configured(spec, quiet=quiet)
     if dry_run:
         estimate = estimate_sweep(SweepInputs.prepare(spec, loaded, renderer), shard=part, folder=out)
         if json_output:

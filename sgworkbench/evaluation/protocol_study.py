@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from sgworkbench.analysis import all_sites, capture
 from sgworkbench.analysis.direction_methods import fit_directions
-from sgworkbench.errors import WorkbenchError, unknown_name
+from sgworkbench.errors import WorkbenchError
 from sgworkbench.evaluation.refusal_score import REFUSAL_OPENINGS, first_tokens
 from sgworkbench.evaluation.sweep.engine import ScreenEngine, Variant
 from sgworkbench.evaluation.sweep.measures import ScreenSetup
@@ -38,6 +38,7 @@ from sgworkbench.prompting import PromptCondition, PromptSet, Renderer, concaten
 from sgworkbench.runs import RunDirectory
 from sgworkbench.statistics import paired_bootstrap
 from sgworkbench.steering import SteeringVector, choose_layers
+from sgworkbench.written import validated
 
 REFERENCE = "reference"
 NORM_MATCHED = "official-padded, norms of the reference"
@@ -113,15 +114,7 @@ class ProtocolStudyConfig(BaseModel):
         Raises:
             WorkbenchError: unknown field or a value out of range, in one sentence.
         """
-        for name in values:
-            if name not in cls.model_fields:
-                raise unknown_name("protocol study setting", str(name), cls.model_fields)
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise WorkbenchError(f"Protocol study setting {where}: {first['msg']}; found {first['input']!r}.") from None
+        return validated(cls, values, "protocol study")
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from sgworkbench.errors import WorkbenchError, unknown_name
+from sgworkbench.errors import WorkbenchError
 from sgworkbench.evaluation.direction_fitting import RefusalSource
 from sgworkbench.prompting import PromptCondition
 from sgworkbench.steering.vector import Protocol
+from sgworkbench.written import validated
 
 
 class StudyConfig(BaseModel):
@@ -101,15 +102,7 @@ class StudyConfig(BaseModel):
         Raises:
             WorkbenchError: unknown field or a value out of range, in one sentence.
         """
-        for name in values:
-            if name not in cls.model_fields:
-                raise unknown_name("study setting", name, cls.model_fields)
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise WorkbenchError(f"Study setting {where}: {first['msg']}; found {first['input']!r}.") from None
+        return validated(cls, values, "study")
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

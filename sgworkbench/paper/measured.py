@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from sgworkbench.analysis import Directions, Site
 from sgworkbench.errors import WorkbenchError, unknown_name
@@ -37,6 +37,7 @@ from sgworkbench.progress import Reporter, silent
 from sgworkbench.prompting import PromptSet, Renderer, concatenate, load_prompts
 from sgworkbench.runs import RunDirectory, config_hash
 from sgworkbench.steering import SteeringVector, choose_layers
+from sgworkbench.written import validated
 
 STUDY_TABLES = (
     "shift_map",
@@ -139,15 +140,7 @@ class FigureSettings(BaseModel):
         Raises:
             WorkbenchError: unknown field or a value out of range, in one sentence.
         """
-        for name in values:
-            if name not in cls.model_fields:
-                raise unknown_name("figure setting", name, cls.model_fields)
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise WorkbenchError(f"Figure setting {where}: {first['msg']}; found {first['input']!r}.") from None
+        return validated(cls, values, "figure")
 
     def study(self) -> StudyConfig:
         """Return the settings of the gap study that most figures come from."""

@@ -11,10 +11,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from sgworkbench.analysis.directions import Directions
@@ -31,6 +31,7 @@ from sgworkbench.steering.operators import Coefficient, Ingredients, get_operato
 from sgworkbench.steering.selector import Selector, TokenChoice
 from sgworkbench.steering.vector import SteeringVector
 from sgworkbench.tensor_files import read_tensors, write_tensors
+from sgworkbench.written import validated
 
 _FORMAT = "sgworkbench-steering-recipe-1"
 
@@ -38,8 +39,6 @@ Sources = Mapping[str, SteeringVector | Directions]
 """Vectors and directions by the names that specifications use for them."""
 
 DoseUnit = Literal["raw", "fraction"]
-
-Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Spec(BaseModel):
@@ -324,25 +323,6 @@ class SteeringRecipe:
             f"<b>Steering recipe</b> {self.name}, for {where}<br>{self.to_dataframe().to_html(index=False)}"
             "next: <code>wb.steer(recipe)</code>, <code>.save(path)</code>"
         )
-
-
-def validated(kind: type[Model], values: Mapping[str, Any], what: str) -> Model:
-    """Return a pydantic model of what a person wrote.
-
-    Raises:
-        WorkbenchError: an unknown key (with the nearest one) or a value that does not fit, in one sentence.
-    """
-    if not isinstance(values, Mapping):
-        raise WorkbenchError(f"Expected the settings of {what} as a mapping, found {type(values).__name__}.")
-    for name in values:
-        if name not in kind.model_fields:
-            raise unknown_name(f"{what} setting", str(name), kind.model_fields)
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise WorkbenchError(f"{what} setting {where}: {first['msg']}; found {first['input']!r}.") from None
 
 
 def _source(sources: Sources, name: str, kind: Any) -> Any:

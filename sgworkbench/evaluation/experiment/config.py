@@ -21,7 +21,8 @@ from sgworkbench.prompting import PromptCondition
 from sgworkbench.prompting.prompt_set import Label, Split
 from sgworkbench.prompting.transforms import TransformSpec
 from sgworkbench.steering import GenerationSettings
-from sgworkbench.steering.recipe import InterventionSpec, SelectorSpec, validated
+from sgworkbench.steering.recipe import InterventionSpec, SelectorSpec
+from sgworkbench.written import validated
 
 Preset = Literal[
     "vanilla",
