@@ -28,7 +28,7 @@ from sgworkbench.errors import WorkbenchError, require_type
 from sgworkbench.evaluation.behaviour import ArmSpec, four_arms
 from sgworkbench.evaluation.calibration.data import CalibrationData
 from sgworkbench.evaluation.calibration.result import CalibrationResult
-from sgworkbench.evaluation.calibration.run import run_calibration
+from sgworkbench.evaluation.calibration.run import open_run, run_calibration
 from sgworkbench.evaluation.calibration.spec import CalibrationSpec
 from sgworkbench.evaluation.direction_fitting import RefusalSource, fit_awareness, fit_refusal, training_facts
 from sgworkbench.evaluation.doctor import Check, run_doctor
@@ -301,9 +301,8 @@ class Workbench:
         """Choose a recipe within budgets on validation prompts and confirm it on fresh ones; see `CalibrationSpec`."""
         spec = CalibrationSpec.parse({"model": self.loaded.identity.source, **settings})
         data = CalibrationData.load(spec)
-        contents = {"data": data.summary(), "weights_sha256": self.loaded.identity.weights_sha256}
         with tempfile.TemporaryDirectory() as scratch:
-            run = RunDirectory.open(out or scratch, {**spec.model_dump(mode="json"), **contents})
+            run = open_run(spec, data, self.loaded, self.renderer, out or scratch)
             return run_calibration(spec, self.loaded, self.renderer, run, data=data, report=self.report)
 
     def evaluate(self, config: Mapping[str, Any] | str | Path, out: str | Path) -> ExperimentResult:

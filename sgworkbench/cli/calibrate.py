@@ -56,12 +56,11 @@ def calibrate(
     """
     from sgworkbench.evaluation.calibration.data import CalibrationData
     from sgworkbench.evaluation.calibration.result import RECIPE_FILE
-    from sgworkbench.evaluation.calibration.run import BudgetsNotMet, run_calibration
+    from sgworkbench.evaluation.calibration.run import BudgetsNotMet, open_run, run_calibration
     from sgworkbench.evaluation.calibration.spec import CalibrationSpec
     from sgworkbench.evaluation.study_config import read_settings
     from sgworkbench.prompting import PromptCondition
     from sgworkbench.reporting.calibration_report import write_calibration
-    from sgworkbench.runs import RunDirectory
 
     given = {
         "model": model, "condition": condition, "objective": objective, "harmful": harmful, "harmless": harmless,
@@ -81,12 +80,7 @@ def calibrate(
     PromptCondition.load(spec.condition)  # a misspelt preset should not cost the loading of a model
     data = CalibrationData.load(spec)
     loaded, renderer = open_configured(spec, quiet=quiet)
-    contents = {
-        "data": data.summary(),
-        "weights_sha256": loaded.identity.weights_sha256,
-        "template_sha256": renderer.template_sha256,
-    }
-    run = RunDirectory.open(out, {**spec.model_dump(mode="json"), **contents}, overwrite=overwrite)
+    run = open_run(spec, data, loaded, renderer, out, overwrite=overwrite)
     with ConsoleProgress(quiet=quiet) as progress:
         try:
             result = run_calibration(spec, loaded, renderer, run, data=data, report=progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,28 @@ class BudgetsNotMet(WorkbenchError):
             f"No candidate keeps to all budgets ({asked}): the nearest, {nearest['what']}, has {found}; loosen a "
             "budget or widen the candidates."
         )
+
+
+def open_run(
+    spec: CalibrationSpec,
+    data: CalibrationData,
+    loaded: LoadedModel,
+    renderer: Renderer,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+) -> RunDirectory:
+    """Open the folder of a calibration; other prompts, weights or another template make another run.
+
+    Raises:
+        WorkbenchError: as `RunDirectory.open`.
+    """
+    contents = {
+        "data": data.summary(),
+        "weights_sha256": loaded.identity.weights_sha256,
+        "template_sha256": renderer.template_sha256,
+    }
+    return RunDirectory.open(out, {**spec.model_dump(mode="json"), **contents}, overwrite=overwrite)
 
 
 def run_calibration(
